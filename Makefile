@@ -1,0 +1,45 @@
+# Each target sets up what it needs: a virtual environment in .venv, from hash-pinned locks.
+# Needs Python 3.11 or newer; name another one with `make PYTHON=python3.12 test`.
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := .venv/.run-$(shell cat requirements/run.txt pyproject.toml | cksum | cut -d' ' -f1)
+DEV := .venv/.dev-$(shell cat requirements/dev.txt pyproject.toml | cksum | cut -d' ' -f1)
+
+.PHONY: demo test check format clean
+
+demo: $(RUN)  ## the whole relay on this machine, with a fake Voucherify
+	@$(BIN)/python -m relay demo
+
+test: $(DEV)  ## every test that this machine has the programs for
+	@$(BIN)/pytest $(ARGS)
+
+check: $(DEV)  ## format, lint, types; the documents are held by tests
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/pytest -q tests/test_docs.py tests/test_architecture.py
+
+format: $(DEV)
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "relay needs Python 3.11 or newer: make PYTHON=python3.12 …" >&2; exit 1; }
+	@$(PYTHON) -m venv .venv
+
+# The project itself goes in last and without build isolation, so that nothing
+# outside the lock is ever installed.
+$(DEV): .venv/bin/python
+	@echo "Installing what the tests need into .venv …"
+	@$(BIN)/python -m pip install --quiet --require-hashes -r requirements/dev.txt
+	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $(DEV) $(RUN)
+
+$(RUN): .venv/bin/python
+	@echo "Installing relay into .venv …"
+	@$(BIN)/python -m pip install --quiet --require-hashes -r requirements/run.txt
+	@touch $(RUN)

@@ -1,0 +1,36 @@
+"""What becomes of an event: exactly one outcome each, and the reasons behind them.
+
+The names are wire format: answers, counters, logs and dead letters all use them.
+"""
+
+from enum import StrEnum
+
+
+class Outcome(StrEnum):
+    """The final fate of an event."""
+
+    DELIVERED = "delivered"  # Forwarder: Voucherify answered 2xx.
+    REJECTED = "rejected"  # Forwarder: Voucherify answered a final 4xx.
+    EXPIRED = "expired"  # Forwarder: too old, or its attempts were used up.
+    AMBIGUOUS = "ambiguous"  # Forwarder: may have arrived, must not be sent twice.
+    INVALID = "invalid"  # Edge: malformed or oversized, never queued.
+    UNAUTHENTICATED = "unauthenticated"  # Edge: identity missing or refused.
+    FORBIDDEN = "forbidden"  # Edge: origin or catalogue says no.
+    RATE_LIMITED = "rate_limited"  # Edge: over quota, never queued.
+    DUPLICATE = "duplicate"  # Edge: an event with this id was accepted before.
+    COALESCED = "coalesced"  # Queue: a newer one of the same customer replaced it.
+    DROPPED = "dropped"  # An operator decided so.
+    INTERNAL = "internal"  # Our bug: any count above zero is an alert.
+
+
+# Kept whole in the dead letters until an operator replays or drops them.
+DEAD = frozenset({Outcome.REJECTED, Outcome.EXPIRED, Outcome.AMBIGUOUS})
+
+
+class Hold(StrEnum):
+    """Why delivery as a whole is paused; the queue is kept and grows."""
+
+    AUTH = "auth_hold"  # 401, 403: the credentials or the origin are refused.
+    PLAN = "plan_hold"  # 402, or the plan's calls for this cycle are spent.
+    CONFIG = "config_hold"  # 3xx, 405, 406, 415: this is not the API we speak.
+    BREAKER = "breaker_open"  # Voucherify is down: connect errors, 5xx, timeouts.
