@@ -1,0 +1,225 @@
+"""Whose request this is: the client's address behind proxies that we trust.
+
+`X-Forwarded-For` is believed only as far as trusted proxies wrote it: walking from
+the right, the first address that is not one of theirs is the client. A peer that is
+not trusted is the client itself, whatever it sends. No input raises.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from ipaddress import (
+    IPv4Address,
+    IPv4Network,
+    IPv6Address,
+    IPv6Network,
+    ip_address,
+    ip_network,
+)
+from typing import Self
+
+# What a peer on the unix socket is called: it has no address.
+UNIX = "unix"
+
+SHORTHANDS = {
+    "loopback": ("127.0.0.0/8", "::1/128"),
+    # RFC 1918 and RFC 4193. Loopback and link-local are not among them.
+    "private": ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7"),
+}
+
+# Longer chains of proxies are not met in practice, and a sender chooses the length.
+MAX_HOPS = 32
+
+# The longest address in text is 45 characters; a zone, brackets and a port add some.
+MAX_ENTRY = 100
+
+_HOST_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
+
+# Entries each; at most about 1 MB in all.
+CACHE = 4096
+
+# With everyone trusted the leftmost entry wins, and any sender can write that.
+_EVERYONE = "the whole internet cannot be trusted: list your own proxies"
+_FORM = 'write an address, a network like "10.0.0.0/8", unix, loopback or private'
+
+
+class TrustedProxies:
+    """The peers whose `X-Forwarded-For` is believed."""
+
+    def __init__(self, networks: Iterable[str] = ()) -> None:
+        self.networks = tuple(text.strip() for text in networks)
+        self.unix = False
+        parsed: list[IPv4Network | IPv6Network] = []
+        for position, text in enumerate(self.networks, start=1):
+            name = text.lower()
+            if name == UNIX:
+                self.unix = True
+                continue
+            try:
+                parsed += [_network(part) for part in SHORTHANDS.get(name, (name,))]
+            except ValueError as error:
+                msg = f"entry {position}: {error}; {_FORM}"
+                raise ValueError(msg) from None
+        self._v4 = [net for net in parsed if isinstance(net, IPv4Network)]
+        self._v6 = [net for net in parsed if isinstance(net, IPv6Network)]
+        self._contains = lru_cache(CACHE)(self._search)
+
+    def __reduce__(self) -> tuple[type[Self], tuple[tuple[str, ...]]]:
+        return type(self), (self.networks,)  # a cache cannot go to another process
+
+    def __repr__(self) -> str:
+        return f"TrustedProxies({list(self.networks)})"
+
+    def __bool__(self) -> bool:
+        return bool(self.networks)
+
+    def __str__(self) -> str:
+        return ", ".join(self.networks)
+
+    def trusts(self, address: str | None) -> bool:
+        """Whether this peer may say who the client is; `None` is the unix socket."""
+        if not self.networks:
+            return False
+        if address is None:
+            return self.unix
+        return self._contains(address[: MAX_ENTRY + 1])
+
+    def _search(self, text: str) -> bool:
+        address = _parse(text)
+        if address is None:
+            return False
+        if isinstance(address, IPv4Address):
+            return any(address in network for network in self._v4)
+        return any(address in network for network in self._v6)
+
+
+def client_address(
+    peer: str | None, forwarded_for: Sequence[bytes | str], trusted: TrustedProxies
+) -> str:
+    """Give the address of the client, in its canonical form.
+
+    `peer` is the other end of the connection, `None` on a unix socket (then the
+    answer may be "unix"). `forwarded_for` holds the lines of `X-Forwarded-For` in
+    the order they came.
+    """
+    client = UNIX if peer is None else _peer(peer[: MAX_ENTRY + 1])
+    if not forwarded_for or not trusted.trusts(peer):
+        return client
+    for entry in _from_the_right(forwarded_for):
+        address = _canonical(entry)
+        if address is None:  # Whoever wrote this, nothing left of it can be believed.
+            return client
+        client = address
+        if not trusted.trusts(address):
+            return client
+    return client
+
+
+@lru_cache(CACHE)
+def address_key(address: str) -> str:
+    """Give what limits count by: an IPv4 address, or the /64 of an IPv6 one.
+
+    A household or a phone has a whole /64 (RFC 6177, RFC 7934), so counting single
+    IPv6 addresses would limit nobody.
+    """
+    parsed = _parse(address)
+    if parsed is None:
+        return address[: MAX_ENTRY + 1]
+    if isinstance(parsed, IPv4Address):
+        return str(parsed)
+    return f"{IPv6Address(int(parsed) >> 64 << 64)}/64"
+
+
+def parse_host(text: str) -> str:
+    """Check a host to listen on: an address, with or without brackets, or a name."""
+    bare = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    if _parse_ip(bare) is not None:
+        return bare
+    if not _HOST_NAME.fullmatch(bare) or bare.rpartition(".")[2].isdigit():
+        raise ValueError("must be an address or a host name, without a port")
+    return bare
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a listener on `host`."""
+    address = _parse_ip(host)
+    return host.lower() == "localhost" if address is None else address.is_loopback
+
+
+def is_any(host: str) -> bool:
+    """Whether a listener on `host` takes every address of the machine."""
+    address = _parse_ip(host)
+    return address is not None and address.is_unspecified
+
+
+def _from_the_right(lines: Sequence[bytes | str]) -> Iterable[str]:
+    hops = 0
+    for line in reversed(lines):
+        text = line.decode("latin-1") if isinstance(line, bytes) else line
+        # One more split than is read, so that the unsplit rest is never an entry.
+        for entry in reversed(text.rsplit(",", MAX_HOPS)):
+            if hops == MAX_HOPS:
+                return
+            hops += 1
+            stripped = entry.strip(" \t")
+            if stripped:  # RFC 9110, 5.6.1: empty list elements are ignored.
+                yield stripped[: MAX_ENTRY + 1]
+
+
+@lru_cache(CACHE)
+def _peer(text: str) -> str:
+    return _canonical(text) or text
+
+
+@lru_cache(CACHE)
+def _canonical(text: str) -> str | None:
+    address = _parse(text)
+    return None if address is None else str(address)
+
+
+def _parse(text: str) -> IPv4Address | IPv6Address | None:
+    """Read an address with or without brackets, port and zone."""
+    if len(text) > MAX_ENTRY:
+        return None
+    host, port = text, ""
+    if text.startswith("["):
+        host, bracket, port = text[1:].partition("]")
+        if not bracket or (port and not port.startswith(":")):
+            return None
+        port = port.removeprefix(":")
+        if ":" not in host:
+            return None
+    elif text.count(":") == 1:
+        host, _, port = text.partition(":")
+    if port and not (port.isascii() and port.isdigit()):
+        return None
+    if ":" in host:
+        host = host.partition("%")[0]
+    address = _parse_ip(host)
+    # A dual-stack socket shows IPv4 peers as ::ffff:a.b.c.d (RFC 4291, 2.5.5.2).
+    if isinstance(address, IPv6Address) and address.ipv4_mapped:
+        return address.ipv4_mapped
+    return address
+
+
+def _parse_ip(text: str) -> IPv4Address | IPv6Address | None:
+    try:
+        return ip_address(text)
+    except ValueError:
+        return None
+
+
+def _network(text: str) -> IPv4Network | IPv6Network:
+    if text == "*":
+        raise ValueError(_EVERYONE)
+    try:
+        network = ip_network(text, strict=False)
+    except ValueError:
+        raise ValueError("this is not a network") from None
+    if isinstance(network, IPv6Network) and network.prefixlen >= 96:
+        mapped = network.network_address.ipv4_mapped
+        if mapped is not None:
+            network = IPv4Network((int(mapped), network.prefixlen - 96))
+    if network.prefixlen == 0:
+        raise ValueError(_EVERYONE)
+    return network
