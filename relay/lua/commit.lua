@@ -1,0 +1,145 @@
+#!lua
+-- Take a batch of requests into the queue: limits, room, dedupe, append, count.
+-- A refused event changes nothing except its counters. A commit takes effect at
+-- most once, however often it is sent: the last reply of each slot is kept, so a
+-- repeat after a lost answer gets the first answer, and a late straggler nothing.
+--
+-- KEYS  1 prefix
+-- ARGV  1 slot (writer and lane of the writer)  2 sequence number in that slot
+--       3 settings, packed {queue_max, dedupe_ms, {{dimension, emission_us,
+--         tolerance_us, dry_run}...}}
+--       4 requests, packed {{ip digest, {{id, given, customer digest, name, lane,
+--         delivery, ttl_ms, body}...}}...}; `given`: the sender chose the id
+--       5 refusals of the edge, packed {{outcome, reason, name, n}...}
+-- Reply packed {{dimension, remaining, reset_us, {code, wait_us...}}...}, one for
+--       each request: the tightest limit (-1: none), and for each event 0 queued,
+--       1 duplicate, 2 no room, 3+d over limit d (from 0). "STALE" for a straggler.
+local RATE_CLAMP_US = 5000000  -- a clock that stepped back blocks nobody for longer
+
+local slot, seq = P .. ':commit:' .. ARGV[1], tonumber(ARGV[2])
+local last = call('GET', slot)
+if last then
+  local done, reply = string.match(last, '^(%d+) (.*)$')
+  if tonumber(done) == seq then return reply end
+  if tonumber(done) > seq then return redis.error_reply('STALE commit') end
+end
+
+local settings = cmsgpack.unpack(ARGV[3])
+local requests = cmsgpack.unpack(ARGV[4])
+local dims = settings[3]
+
+-- One read for every limit that this batch touches.
+local function rate_key(dim, ip, customer)
+  if dim == 'ip' then return P .. ':rl:ip:' .. ip end
+  if dim == 'customer' then return P .. ':rl:customer:' .. customer end
+  return P .. ':rl:' .. dim
+end
+local keys, index = {}, {}
+for _, request in ipairs(requests) do
+  for _, event in ipairs(request[2]) do
+    for d = 1, #dims do
+      local key = rate_key(dims[d][1], request[1], event[3])
+      if not index[key] then keys[#keys + 1] = key; index[key] = d end
+    end
+  end
+end
+local tat, dirty = {}, {}
+for from = 1, #keys, 4000 do  -- unpack has a limit near 8,000
+  local part = {unpack(keys, from, math.min(from + 3999, #keys))}
+  for i, value in ipairs(call('MGET', unpack(part))) do
+    local key = part[i]
+    local longest = now_us + dims[index[key]][3] + RATE_CLAMP_US
+    tat[key] = math.min(math.max(tonumber(value or 0) or 0, now_us), longest)
+  end
+end
+
+local room = settings[1] - call('ZCARD', P .. ':delayed')
+for _, lane in ipairs(LANES) do room = room - call('XLEN', stream(lane)) end
+
+local function admit(request_ip, event)
+  local id, given, customer, name, lane, delivery, ttl_ms, body = unpack(event)
+  if room <= 0 then note('no_room', 1) return 2, 0 end
+  local wait, refuser = 0, 0
+  for d = 1, #dims do
+    local key = rate_key(dims[d][1], request_ip, customer)
+    local over = tat[key] + dims[d][2] - now_us - dims[d][3]
+    if over > 0 and dims[d][4] then
+      note('would_refuse:' .. dims[d][1], 1)
+    elseif over > wait then
+      wait, refuser = over, d
+    end
+  end
+  count('received', 1)
+  count_event(name, 'received', 1, 1)
+  if refuser > 0 then
+    count('rate_limited', 1)
+    note('reason:rate_limited_' .. dims[refuser][1], 1)
+    count_event(name, 'rate_limited', 1)
+    return 2 + refuser, wait
+  end
+  -- Only a sender's own id can come twice: ours are made once.
+  if given and not call('SET', P .. ':seen:' .. id, '', 'PX', settings[2], 'NX') then
+    count('duplicate', 1)
+    count_event(name, 'duplicate', 1)
+    return 1, 0
+  end
+  for d = 1, #dims do
+    local key = rate_key(dims[d][1], request_ip, customer)
+    if tat[key] + dims[d][2] - now_us <= dims[d][3] then  -- not over: charged
+      tat[key] = tat[key] + dims[d][2]
+      dirty[key] = true
+    end
+  end
+  local packed = cmsgpack.pack({id, name, customer, delivery, ttl_ms, lane, body})
+  -- The id says when it was received. After a step back of the clock it cannot, as
+  -- ids never go back: then it is the last one plus one.
+  local added = redis.pcall('XADD', stream(lane), now_ms .. '-*', 'e', packed)
+  if type(added) == 'table' then call('XADD', stream(lane), '*', 'e', packed) end
+  room = room - 1
+  return 0, 0
+end
+
+local function tightest(request)
+  local least, which, reset = -1, -1, 0
+  local first = request[2][1]
+  for d = 1, #dims do
+    if not dims[d][4] then
+      local free = now_us + dims[d][3] - tat[rate_key(dims[d][1], request[1], first[3])]
+      local left = math.max(0, math.floor(free / dims[d][2]))
+      if which < 0 or left < least then
+        local full = left * dims[d][2] >= dims[d][3]
+        least, which, reset = left, d - 1, full and 0 or dims[d][2] - free % dims[d][2]
+      end
+    end
+  end
+  return which, least, reset
+end
+
+local reply = {}
+for r, request in ipairs(requests) do
+  local codes = {}
+  for _, event in ipairs(request[2]) do
+    local code, wait = admit(request[1], event)
+    codes[#codes + 1] = code
+    codes[#codes + 1] = wait
+  end
+  local which, least, reset = tightest(request)
+  reply[r] = {which, least, reset, codes}
+end
+for key in pairs(dirty) do
+  call('SET', key, tat[key], 'PX', math.ceil((tat[key] - now_us) / 1000))
+end
+for _, refusal in ipairs(cmsgpack.unpack(ARGV[5])) do
+  local outcome, reason, name, n = unpack(refusal)
+  count('received', n)
+  count(outcome, n)
+  note('reason:' .. reason, n)
+  if name ~= '' then
+    count_event(name, 'received', n, n)
+    count_event(name, outcome, n)
+  end
+end
+write_counts()
+local packed = cmsgpack.pack(reply)
+call('SET', slot, seq .. ' ' .. packed, 'PX', 60000)
+return packed

@@ -1,0 +1,151 @@
+-- Shared by all scripts: put in front of each of them, after its `#!lua` line.
+--
+-- KEYS  1 the prefix with its hash tag, for example {relay}
+-- Every key is that prefix and a suffix, so all of them share one hash slot: the
+-- one declared key routes the script, and a Cluster runs it unchanged.
+local P, call = KEYS[1], redis.call
+local clock = call('TIME')
+local now_us = clock[1] * 1000000 + clock[2]
+local now_ms = math.floor(now_us / 1000)
+
+local LANES = {'high', 'normal', 'low', 'retry'}  -- `retry` holds events in flight only
+local GROUP = 'relay'
+local OUTCOMES = {
+  'delivered', 'rejected', 'expired', 'ambiguous', 'invalid', 'unauthenticated',
+  'forbidden', 'rate_limited', 'duplicate', 'coalesced', 'dropped', 'internal',
+}
+local MINUTES_KEPT_MS, HOURS_KEPT_MS = 72 * 3600000, 400 * 86400000
+-- Names come from browsers: without a bound, one page could fill Redis with them.
+local NAMES_KEPT, NAMES_SHOWN, FIELDS_MAX = 1000, 200, 4096
+
+local function stream(lane) return P .. ':q:' .. lane end
+
+-- Civil date of a Unix day, proleptic Gregorian (H. Hinnant, "chrono-Compatible
+-- Low-Level Date Algorithms"); scripts have no os.date.
+local function stamp(seconds)
+  local days = math.floor(seconds / 86400)
+  local rest = seconds - days * 86400
+  local z = days + 719468
+  local era = math.floor(z / 146097)
+  local doe = z - era * 146097
+  local yoe = math.floor((doe - math.floor(doe / 1460) + math.floor(doe / 36524)
+    - math.floor(doe / 146096)) / 365)
+  local doy = doe - (365 * yoe + math.floor(yoe / 4) - math.floor(yoe / 100))
+  local mp = math.floor((5 * doy + 2) / 153)
+  local day = doy - math.floor((153 * mp + 2) / 5) + 1
+  local month = mp < 10 and mp + 3 or mp - 9
+  local year = yoe + era * 400 + (month <= 2 and 1 or 0)
+  return string.format('%04d%02d%02d%02d%02d', year, month, day,
+    math.floor(rest / 3600), math.floor(rest % 3600 / 60))
+end
+
+-- Counts are gathered while the script runs and written once at its end.
+local totals, windows = {}, {}
+local function count(field, n)  -- since ever, this minute and this hour
+  totals[field] = (totals[field] or 0) + n
+  windows[field] = (windows[field] or 0) + n
+end
+local function note(field, n)  -- this minute and this hour only
+  windows[field] = (windows[field] or 0) + n
+end
+
+-- The name to count an event under: its own while it is among the most frequent,
+-- else `other`. Space-saving (Metwally et al. 2005) over NAMES_KEPT candidates.
+local labels = {}
+local function label(name, n)
+  if labels[name] then return labels[name] end
+  local key = P .. ':names'
+  local known = tonumber(call('ZSCORE', key, name) or 0)
+  local kept = call('ZCARD', key)
+  if n > 0 then
+    if known == 0 and kept >= NAMES_KEPT then
+      local least = call('ZPOPMIN', key)
+      call('ZADD', key, least[2] + n, name)
+    else
+      call('ZINCRBY', key, n, name)
+    end
+  end
+  -- The first one that is not shown; whoever is only as frequent is not either, and
+  -- a newcomer inherits a count that is not its own: else a flood of names that are
+  -- seen once would show in turns.
+  local beyond = call('ZREVRANGE', key, NAMES_SHOWN, NAMES_SHOWN, 'WITHSCORES')
+  local shown = kept < NAMES_SHOWN or known > tonumber(beyond[2] or 0)
+  labels[name] = shown and name or 'other'
+  return labels[name]
+end
+local function count_event(name, outcome, n, fresh)
+  note('event:' .. label(name, fresh or 0) .. ':' .. outcome, n)
+end
+
+local function write_window(key, kept_ms)
+  local fresh = false
+  for field, n in pairs(windows) do
+    if call('HINCRBY', key, field, n) == n then fresh = true end
+  end
+  if not fresh then return end
+  call('PEXPIRE', key, kept_ms)
+  if call('HLEN', key) <= FIELDS_MAX then return end
+  for field, n in pairs(windows) do  -- full: this script's names become `other`
+    local outcome = string.match(field, '^event:.*:([a-z_]+)$')
+    if outcome and field ~= 'event:other:' .. outcome then
+      if call('HINCRBY', key, field, -n) == 0 then call('HDEL', key, field) end
+      call('HINCRBY', key, 'event:other:' .. outcome, n)
+    end
+  end
+end
+local function write_counts()
+  for field, n in pairs(totals) do call('HINCRBY', P .. ':totals', field, n) end
+  if not next(windows) then return end
+  local when = stamp(tonumber(clock[1]))
+  write_window(P .. ':minute:' .. when, MINUTES_KEPT_MS)
+  write_window(P .. ':hour:' .. string.sub(when, 1, 10), HOURS_KEPT_MS)
+end
+
+-- An event in the queue is one packed array: {id, name, customer, delivery, ttl_ms,
+-- lane, body}. `customer` is a keyed digest, never the id itself.
+local function open(blob)
+  local e = cmsgpack.unpack(blob)
+  return {id = e[1], name = e[2], customer = e[3], delivery = e[4], ttl = e[5],
+    lane = e[6], body = e[7]}
+end
+-- Stream entry -> {packed event, received_ms, attempts, strikes}. A first-time entry has
+-- only `e`; when it was received is its own id.
+local function entry(id, fields)
+  local f = {}
+  for i = 1, #fields, 2 do f[fields[i]] = fields[i + 1] end
+  return {e = f.e, r = tonumber(f.r) or tonumber(string.match(id, '^%d+')),
+    a = tonumber(f.a) or 0, s = tonumber(f.s) or 0}
+end
+
+local function ours(lane, id, consumer)
+  local p = call('XPENDING', stream(lane), GROUP, id, id, 1, consumer)
+  return #p > 0
+end
+local function remove(lane, id)
+  call('XACK', stream(lane), GROUP, id)
+  call('XDEL', stream(lane), id)
+  call('HDEL', P .. ':sent', lane .. ':' .. id)
+end
+
+-- Somebody who waits for this event's outcome (Prefer: wait) is told.
+local function tell(event_id, told)
+  local key = P .. ':wait:' .. event_id
+  if call('EXISTS', key) == 0 then return end
+  call('DEL', key)
+  call('RPUSH', key .. ':outcome', cjson.encode(told))
+  call('PEXPIRE', key .. ':outcome', 60000)
+end
+
+-- Keep the whole event until an operator replays or drops it.
+local function bury(x, event, outcome, reason, info)
+  call('XADD', P .. ':dead', '*', 'id', event.id, 'event', event.name,
+    'outcome', outcome, 'reason', reason, 'status', info.status or '',
+    'error', info.error or '', 'attempts', x.a, 'received_ms', x.r,
+    'lane', event.lane, 'delivery', event.delivery, 'customer', event.customer,
+    'body', event.body)
+  count(outcome, 1)
+  note('reason:' .. reason, 1)
+  count_event(event.name, outcome, 1)
+  tell(event.id, {outcome = outcome, reason = reason, upstream_status = info.status,
+    error = info.error})
+end

@@ -1,0 +1,97 @@
+#!lua flags=allow-oom
+-- Give events in flight what their call came to: an outcome, another try, or back.
+-- Each is settled once, and only by the forwarder that still owns it.
+--
+-- KEYS  1 prefix
+-- ARGV  1 consumer  2 egress
+--       3 results, packed {{lane, entry id, verdict, reason, status, error,
+--         delay_ms, signal, pause_ms, probe}...}
+--   verdict  delivered | retry | wait | release | rejected | expired | ambiguous:
+--            `retry` spends an attempt, `wait` and `release` do not
+--   signal   what the call says about Voucherify: ok | failed | none | a hold's name
+-- Reply how many were settled
+-- Names of the holds: relay/outcomes.py.
+local FAILURES_TO_OPEN = 5
+local HOLD_FIRST_MS, HOLD_MAX_MS = 5000, 300000
+local BREAKER_FIRST_MS, BREAKER_MAX_MS = 1000, 60000
+-- One event that alone provokes a 403 (a firewall's doing) must not stop the rest
+-- for ever: met while others were accepted, three strikes make it a refusal.
+local STRIKES = 3
+
+local consumer, egress = ARGV[1], ARGV[2]
+local flow = P .. ':flow'
+
+local function raise_hold(hold, reason, told_ms, probe, first_ms, max_ms)
+  local current = call('HGET', flow, 'hold')
+  -- Answers to calls that were under way when the hold began say nothing new.
+  if current and not probe then return end
+  local delay = first_ms
+  if current == hold then
+    delay = math.min(2 * tonumber(call('HGET', flow, 'probe_delay_ms') or first_ms), max_ms)
+  end
+  delay = math.max(delay, told_ms)
+  if current ~= hold then call('HSET', flow, 'since_ms', now_ms) end
+  call('HSET', flow, 'hold', hold, 'hold_reason', reason,
+    'probe_delay_ms', math.min(delay, max_ms), 'probe_at_ms', now_ms + delay)
+end
+
+local function hear(signal, reason, pause_ms, probe)
+  if pause_ms > 0 and signal ~= 'plan_hold' then
+    local until_ms = now_ms + pause_ms
+    local key = P .. ':pause:' .. egress
+    if tonumber(call('GET', key) or 0) < until_ms then
+      call('SET', key, until_ms, 'PX', pause_ms)
+    end
+  end
+  if signal == 'ok' then
+    call('HDEL', flow, 'hold', 'hold_reason', 'since_ms', 'probe_at_ms',
+      'probe_delay_ms', 'failures')
+  elseif signal == 'failed' then
+    local failures = call('HINCRBY', flow, 'failures', 1)
+    if failures >= FAILURES_TO_OPEN then
+      raise_hold('breaker_open', reason, 0, probe, BREAKER_FIRST_MS, BREAKER_MAX_MS)
+    end
+  elseif signal ~= 'none' then
+    raise_hold(signal, reason, pause_ms, probe, HOLD_FIRST_MS, HOLD_MAX_MS)
+  elseif probe then  -- neither yes nor no: ask again soon
+    call('HSET', flow, 'probe_at_ms', now_ms + BREAKER_FIRST_MS)
+  end
+end
+
+local function delay(x, event, delay_ms)
+  local due = now_ms + delay_ms
+  if due > x.r + event.ttl then return false end
+  call('ZADD', P .. ':delayed', due, cmsgpack.pack({x.e, x.r, x.a, x.s}))
+  return true
+end
+
+local settled = 0
+for _, result in ipairs(cmsgpack.unpack(ARGV[3])) do
+  local lane, id, verdict, reason, status, err, delay_ms, signal, pause_ms, probe =
+    unpack(result)
+  hear(signal, reason, pause_ms, probe)
+  local found = ours(lane, id, consumer) and call('XRANGE', stream(lane), id, id) or {}
+  if #found > 0 then
+    local x = entry(id, found[1][2])
+    local event = open(x.e)
+    local info = {status = status, error = err}
+    if verdict == 'retry' then x.a = x.a + 1 end
+    local held = signal ~= 'ok' and signal ~= 'failed' and signal ~= 'none'
+    if held and not probe then x.s = x.s + 1 end
+    if verdict == 'delivered' then
+      count('delivered', 1)
+      count_event(event.name, 'delivered', 1)
+      tell(event.id, {outcome = 'delivered', upstream_status = status})
+    elseif held and x.s >= STRIKES then
+      bury(x, event, 'rejected', reason, info)
+    elseif verdict == 'retry' or verdict == 'wait' or verdict == 'release' then
+      if not delay(x, event, delay_ms) then bury(x, event, 'expired', reason, info) end
+    else
+      bury(x, event, verdict, reason, info)
+    end
+    remove(lane, id)
+    settled = settled + 1
+  end
+end
+write_counts()
+return settled

@@ -1,0 +1,219 @@
+#!lua flags=allow-oom
+-- Hand a forwarder what it may send now: budget first, then events by lane.
+--
+-- Strict priority high, normal, low; of every ten turns one goes to `low` and one
+-- to `normal` first, so neither starves. A due retry takes every other turn: it is
+-- older than what waits, and a storm of retries leaves half the calls to the rest.
+-- Dead forwarders are taken over: what they may have sent follows its delivery rule.
+--
+-- KEYS  1 prefix
+-- ARGV  1 consumer  2 how many it can take  3 settings, packed {egress,
+--         {{calls, period_ms}...}, stale_ms, stuck_ms, deliveries_max}
+--       4 "1" to look for dead forwarders in this tick
+-- Reply packed {{{lane, entry id, received_ms, attempts, id, name, delivery,
+--         body}...}, wait_ms, probe, doorbell}: when to ask again; `probe` when the one event
+--         is to try whether a hold is over; `doorbell` the last id of each lane
+--         when nothing was there, to wait for more with XREAD BLOCK
+local EXPIRED_AT_ONCE = 1000  -- bounds one tick when a whole backlog is too old
+-- Two calls stamped a period apart can reach Voucherify closer together than that:
+-- each takes its own time to leave. The windows are kept this much longer.
+local SLACK_MS = 100
+local PROBE_LEASE_MS = 15000  -- longer than a call may take: one probe at a time
+
+local consumer, wanted = ARGV[1], tonumber(ARGV[2])
+local settings = cmsgpack.unpack(ARGV[3])
+local egress, budget, stale_ms, stuck_ms = settings[1], settings[2], settings[3], settings[4]
+local flow = P .. ':flow'
+
+local function group_missing(err)
+  return type(err) == 'table' and err.err and string.find(err.err, 'NOGROUP', 1, true)
+end
+local function make_group(lane)
+  -- From 0: whatever is in the stream is unsettled, also after a lost group.
+  call('XGROUP', 'CREATE', stream(lane), GROUP, '0', 'MKSTREAM')
+end
+
+-- Heartbeat. A forwarder that was itself away (Redis was) accuses nobody yet.
+local workers = P .. ':workers'
+local seen = tonumber(call('HGET', workers, consumer) or 0)
+call('HSET', workers, consumer, now_ms)
+if seen > 0 and now_ms - seen > stale_ms / 2 then
+  call('SET', P .. ':amnesty', '', 'PX', stale_ms)
+end
+
+local out, wait_ms, probe = {}, -1, false
+
+-- What holds delivery back: a hold, or a pause that Voucherify asked for.
+local hold = call('HGET', flow, 'hold')
+local allowed = wanted
+if hold then
+  local probe_at = tonumber(call('HGET', flow, 'probe_at_ms') or 0)
+  if probe_at <= now_ms then
+    allowed, probe = math.min(1, wanted), true
+  else
+    allowed, wait_ms = 0, probe_at - now_ms
+  end
+end
+local paused = tonumber(call('GET', P .. ':pause:' .. egress) or 0) - now_ms
+if paused > 0 then allowed, wait_ms = 0, math.max(wait_ms, paused) end
+
+-- The upstream budget: for each window, the times of its last calls.
+local ledgers = {}
+for w, window in ipairs(budget) do
+  local calls, period = window[1], window[2] + SLACK_MS
+  local key = P .. ':budget:' .. egress .. ':' .. calls .. '/' .. window[2]
+  ledgers[w] = {key, period}
+  local newest = tonumber(call('LINDEX', key, 0) or 0)
+  if newest > now_ms + 1000 then  -- the clock stepped back: count them all as of now
+    local n = call('LLEN', key)
+    call('DEL', key)
+    for _ = 1, n do call('LPUSH', key, now_ms) end
+  end
+  local oldest = tonumber(call('LINDEX', key, -1) or 0)
+  while oldest > 0 and now_ms - oldest >= period do
+    call('RPOP', key)
+    oldest = tonumber(call('LINDEX', key, -1) or 0)
+  end
+  local free = calls - call('LLEN', key)
+  if free < allowed then allowed = math.max(free, 0) end
+  if free <= 0 then wait_ms = math.max(wait_ms, oldest + period - now_ms) end
+end
+
+local function give(lane, id, x, event)
+  out[#out + 1] = {lane, id, x.r, x.a, event.id, event.name, event.delivery, event.body}
+end
+
+-- What one forwarder left behind goes by its rule: sent again, given up, or back.
+local function take_over(lane, pending)
+  for _, p in ipairs(pending) do
+    local id, deliveries = p[1], p[4]
+    local found = call('XRANGE', stream(lane), id, id)
+    if #found == 0 then
+      remove(lane, id)
+    else
+      local x = entry(id, found[1][2])
+      local event = open(x.e)
+      local sent = call('HEXISTS', P .. ':sent', lane .. ':' .. id) == 1
+      if sent and event.delivery == 'at_most_once' then
+        bury(x, event, 'ambiguous', 'worker_died', {})
+        remove(lane, id)
+      elseif deliveries >= settings[5] then
+        bury(x, event, 'expired', 'worker_died', {})
+        remove(lane, id)
+      elseif #out < allowed then
+        call('XCLAIM', stream(lane), GROUP, consumer, 0, id)
+        give(lane, id, x, event)
+      end
+    end
+  end
+end
+
+-- Dead forwarders are those whose heartbeat stopped; a live one may have lost sight
+-- of an event, which is then in flight for longer than any call can be.
+local function look_out(lane)
+  local consumers = redis.pcall('XINFO', 'CONSUMERS', stream(lane), GROUP)
+  if consumers.err then return end  -- no stream or no group yet
+  for _, c in ipairs(consumers) do
+    local info = {}
+    for i = 1, #c, 2 do info[c[i]] = c[i + 1] end
+    local beat = tonumber(call('HGET', workers, info.name) or 0)
+    if info.pending > 0 then
+      local idle = now_ms - beat > stale_ms and 0 or stuck_ms
+      take_over(lane, call('XPENDING', stream(lane), GROUP, 'IDLE', idle, '-', '+',
+        100, info.name))
+    end
+  end
+end
+if ARGV[4] == '1' and call('EXISTS', P .. ':amnesty') == 0 then
+  for _, lane in ipairs(LANES) do look_out(lane) end
+end
+
+local function read(lane)
+  local args = {'XREADGROUP', 'GROUP', GROUP, consumer, 'COUNT', 1, 'STREAMS',
+    stream(lane), '>'}
+  local got = redis.pcall(unpack(args))
+  if group_missing(got) then
+    make_group(lane)
+    got = call(unpack(args))
+  elseif type(got) == 'table' and got.err then
+    error(got.err)
+  end
+  if not got then return nil end
+  local id, fields = got[1][2][1][1], got[1][2][1][2]
+  return id, entry(id, fields)
+end
+
+-- A due retry enters its stream only now, so that stream holds nothing but events
+-- in flight and its order is the delayed set's.
+local function read_due()
+  local due = call('ZRANGE', P .. ':delayed', '-inf', now_ms, 'BYSCORE', 'LIMIT', 0, 1)
+  if #due == 0 then return nil end
+  local d = cmsgpack.unpack(due[1])
+  call('ZREM', P .. ':delayed', due[1])
+  call('XADD', stream('retry'), '*', 'e', d[1], 'r', d[2], 'a', d[3], 's', d[4])
+  return read('retry')
+end
+
+local ORDERS = {
+  [3] = {'low', 'high', 'normal'}, [7] = {'normal', 'high', 'low'},
+}
+local USUAL = {'high', 'normal', 'low'}
+local turn = tonumber(call('HGET', flow, 'turn') or 0)
+local first_turn = turn
+local function next_event()
+  turn = (turn + 1) % 20
+  if turn % 2 == 0 then
+    local id, x = read_due()
+    if id then return 'retry', id, x end
+  end
+  for _, lane in ipairs(ORDERS[math.floor(turn / 2)] or USUAL) do
+    local id, x = read(lane)
+    if id then return lane, id, x end
+  end
+  local id, x = read_due()
+  if id then return 'retry', id, x end
+  return nil
+end
+
+local empty, expired = false, 0
+while #out < allowed and not empty do
+  local lane, id, x = next_event()
+  if not lane then
+    empty = true
+  else
+    local event = open(x.e)
+    if now_ms > x.r + event.ttl then
+      bury(x, event, 'expired', 'ttl', {})
+      remove(lane, id)
+      expired = expired + 1
+      if expired >= EXPIRED_AT_ONCE then break end
+    else
+      give(lane, id, x, event)
+    end
+  end
+end
+if turn ~= first_turn then call('HSET', flow, 'turn', turn) end
+
+if #out > 0 then
+  for _, ledger in ipairs(ledgers) do
+    for _ = 1, #out do call('LPUSH', ledger[1], now_ms) end
+    call('PEXPIRE', ledger[1], ledger[2])
+  end
+  if probe then call('HSET', flow, 'probe_at_ms', now_ms + PROBE_LEASE_MS) end
+end
+
+local doorbell = {}
+if empty then
+  local next_due = call('ZRANGE', P .. ':delayed', 0, 0, 'WITHSCORES')
+  wait_ms = next_due[2] and math.max(0, next_due[2] - now_ms) or -1
+  for i = 1, 3 do
+    local info = call('XINFO', 'STREAM', stream(LANES[i]))
+    for f = 1, #info, 2 do
+      if info[f] == 'last-generated-id' then doorbell[i] = info[f + 1] end
+    end
+  end
+elseif #out < wanted and wait_ms < 0 then
+  wait_ms = 0  -- more may be there
+end
+write_counts()
+return cmsgpack.pack({out, math.floor(wait_ms), probe, doorbell})

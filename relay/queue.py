@@ -1,0 +1,419 @@
+"""The durable queue in Redis: five scripts, and the one place that knows redis-py.
+
+Every change of an event's state is one Lua script, so a crash leaves it before or
+after, never between; counters move in the same script as the event they count.
+The contract of each script is the header of its file in `lua/`.
+
+Raises `QueueUnavailable` for whatever Redis is or lacks, never a redis exception;
+an error inside a script is our bug and passes through.
+"""
+
+import socket
+import time
+from collections.abc import Awaitable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from hashlib import sha1
+from importlib.resources import files
+from typing import cast
+
+import msgspec
+import redis.exceptions as broken
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from relay.errors import QueueUnavailable, RelayError
+from relay.limits import Limit, Window
+
+STALE_MS = 20_000  # no heartbeat for so long: dead; with the look-out below < 30 s
+STUCK_MS = 120_000  # in flight for so long: given up, whoever has it
+DELIVERIES_MAX = 5  # an event that took so many forwarders with it is set aside
+IDLE_CONSUMER_MS = 3_600_000
+SERVER_CLOCK = "call('TIME')"  # where lib.lua reads it
+
+_pack = msgspec.msgpack.Encoder().encode
+
+
+class Claimed(msgspec.Struct, array_like=True):
+    """An event in flight; lane and entry are its place, the rest is the event."""
+
+    lane: str
+    entry: str
+    received_ms: int
+    attempts: int  # spent before this one
+    id: str
+    name: str
+    delivery: str  # at_least_once or at_most_once
+    body: str  # for Voucherify
+
+
+class Tick(msgspec.Struct, array_like=True):
+    """What may be sent now, and when to ask again (-1: when the doorbell rings)."""
+
+    claimed: list[Claimed]
+    wait_ms: int
+    probe: bool
+    doorbell: list[str]  # last id of the lanes high, normal, low; empty: not idle
+
+
+class Reply(msgspec.Struct, array_like=True):
+    """What admission says to one request: the tightest limit, and each event."""
+
+    dimension: int  # index into the limits; -1: none
+    remaining: int
+    reset_us: int
+    codes: list[int]  # code and wait in microseconds, in turns, for each event
+
+
+class Result(msgspec.Struct, array_like=True, kw_only=True):
+    """What one call came to, for the settle script."""
+
+    lane: str
+    entry: str
+    verdict: str
+    reason: str
+    status: int = 0
+    error: str = ""
+    delay_ms: int = 0
+    signal: str = "none"
+    pause_ms: int = 0
+    probe: bool = False
+
+
+# One event for the commit script: id, whether the sender chose it, customer digest,
+# name, lane, delivery rule, ttl in ms, body for Voucherify. A request is the digest
+# of the sender's address, and its events.
+Event = tuple[str, bool, str, str, str, str, int, str]
+Request = tuple[str, list[Event]]
+Refused = tuple[str, str, str, int]  # outcome, reason, name or "", how many
+
+QUEUED, DUPLICATE, NO_ROOM, LIMITED = 0, 1, 2, 3  # LIMITED + index of the limit
+
+_decode_tick = msgspec.msgpack.Decoder(Tick).decode
+_decode_replies = msgspec.msgpack.Decoder(list[Reply]).decode
+
+
+class Script:
+    """One script with the shared part in front, run by its hash."""
+
+    def __init__(self, name: str, *, clock: str) -> None:
+        home = files("relay") / "lua"
+        first, _, rest = (home / f"{name}.lua").read_text("utf-8").partition("\n")
+        shared = (home / "lib.lua").read_text("utf-8").replace(SERVER_CLOCK, clock)
+        # The interpreter line must stay the first one.
+        self.source = f"{first}\n{shared}\n{rest}"
+        self.sha = sha1(self.source.encode(), usedforsecurity=False).hexdigest()
+
+    async def __call__(self, client: Redis, prefix: str, *args: object) -> object:
+        run = client.evalsha(self.sha, 1, prefix, *cast("tuple[str, ...]", args))
+        try:
+            return await cast("Awaitable[object]", run)
+        except broken.NoScriptError:  # a new or flushed server: nothing was run
+            again = client.eval(self.source, 1, prefix, *cast("tuple[str, ...]", args))
+            return await cast("Awaitable[object]", again)
+
+
+class Scripts:
+    """The five scripts. A simulation hands in its own clock, as Lua for lib.lua."""
+
+    def __init__(self, *, clock: str = SERVER_CLOCK) -> None:
+        self.commit = Script("commit", clock=clock)
+        self.tick = Script("tick", clock=clock)
+        self.mark = Script("mark", clock=clock)
+        self.settle = Script("settle", clock=clock)
+        self.reap = Script("reap", clock=clock)
+
+
+def connect(url: str, *, timeout: float, connections: int) -> Redis:
+    """A client that does what it is told once: redis-py's own retries run a
+    timed-out script again, eleven times with its defaults."""
+    return Redis.from_url(
+        url,
+        socket_timeout=timeout,
+        socket_connect_timeout=min(timeout, 2.0),
+        retry=Retry(NoBackoff(), 0),
+        retry_on_error=[],
+        max_connections=connections,
+        health_check_interval=0,
+        client_name="relay",
+    )
+
+
+class Queue:
+    """The queue of one prefix. Safe to share by everything in one event loop."""
+
+    def __init__(
+        self,
+        *,
+        url: str,
+        prefix: str,
+        limits: Sequence[Limit] = (),
+        budget: Sequence[Window] = (),
+        egress: str = "all",
+        queue_max: int = 1_000_000,
+        dedupe_ms: int = 86_400_000,
+        timeout: float = 1.0,
+        stale_ms: int = STALE_MS,
+        scripts: Scripts | None = None,
+    ) -> None:
+        self._scripts = scripts or Scripts()
+        self.prefix = "{" + prefix + "}"
+        self.egress = egress
+        self.limits = tuple(limits)
+        self.rate = min((w.quota * 1000 / w.period_ms for w in budget), default=0.0)
+        # Commits have connections of their own: a waiting forwarder or a dashboard
+        # never stands before a beacon.
+        self._hot = connect(url, timeout=timeout, connections=3)
+        self._ops = connect(url, timeout=max(timeout, 2.0), connections=16)
+        # Blocking reads must outlast their BLOCK; one per waiting request at most.
+        self._patient = connect(url, timeout=40.0, connections=256)
+        self._commit_settings = _pack(
+            [
+                queue_max,
+                dedupe_ms,
+                [
+                    [d.dimension, d.emission_us, d.tolerance_us, d.dry_run]
+                    for d in limits
+                ],
+            ]
+        )
+        self._tick_settings = _pack(
+            [
+                egress,
+                [[w.quota, w.period_ms] for w in budget],
+                stale_ms,
+                STUCK_MS,
+                DELIVERIES_MAX,
+            ]
+        )
+
+    async def aclose(self) -> None:
+        for client in (self._hot, self._ops, self._patient):
+            await client.aclose()
+
+    async def commit(
+        self, slot: str, seq: int, requests: list[Request], refused: list[Refused]
+    ) -> list[Reply]:
+        """Take requests in. Sending the same slot and number again is harmless."""
+        with _translated():
+            said = await self._scripts.commit(
+                self._hot,
+                self.prefix,
+                slot,
+                seq,
+                self._commit_settings,
+                _pack(requests),
+                _pack(refused),
+            )
+        return _decode_replies(cast("bytes", said))
+
+    async def tick(self, consumer: str, wanted: int, *, look_out: bool) -> Tick:
+        """Claim what may be sent now; with `look_out`, take over dead forwarders."""
+        with _translated():
+            said = await self._scripts.tick(
+                self._ops,
+                self.prefix,
+                consumer,
+                wanted,
+                self._tick_settings,
+                "1" if look_out else "0",
+            )
+        return _decode_tick(cast("bytes", said))
+
+    async def mark(self, consumer: str, claimed: Claimed) -> bool:
+        """Note durably that this event is about to be sent. False: no longer ours."""
+        with _translated():
+            said = await self._scripts.mark(
+                self._ops, self.prefix, consumer, claimed.lane, claimed.entry
+            )
+        return cast("list[int]", said) == [1]
+
+    async def settle(self, consumer: str, results: Sequence[Result]) -> int:
+        """Give each its outcome or its next try; returns how many were still ours."""
+        with _translated():
+            said = await self._scripts.settle(
+                self._ops, self.prefix, consumer, self.egress, _pack(list(results))
+            )
+        return cast("int", said)
+
+    async def reap(self) -> dict[str, str]:
+        """Keep house; returns the gauges, at most a second old."""
+        with _translated():
+            said = await self._scripts.reap(
+                self._ops,
+                self.prefix,
+                f"{self.rate:.6g}",
+                IDLE_CONSUMER_MS,
+                self.egress,
+            )
+        flat = [part.decode() for part in cast("list[bytes]", said)]
+        return dict(zip(flat[::2], flat[1::2], strict=True))
+
+    async def doorbell(self, last: Sequence[str], block_ms: int) -> None:
+        """Return when a lane has an entry newer than `last`, or after `block_ms`.
+
+        Reads without the group: cancelling it strands nothing.
+        """
+        lanes = dict(
+            zip(
+                (f"{self.prefix}:q:{lane}" for lane in ("high", "normal", "low")),
+                last,
+                strict=True,
+            )
+        )
+        with _translated():
+            await self._patient.xread(
+                cast(
+                    "dict[bytes | str | memoryview, int | bytes | str | memoryview]",
+                    lanes,
+                ),
+                count=1,
+                block=max(1, block_ms),
+            )
+
+    async def expect(self, event_id: str, seconds: int) -> None:
+        """Ask for the outcome of an event to be told; before it is committed."""
+        with _translated():
+            await self._ops.set(
+                f"{self.prefix}:wait:{event_id}", "", px=(seconds + 5) * 1000
+            )
+
+    async def outcome(self, event_id: str, seconds: float) -> dict[str, object] | None:
+        """Wait for an expected outcome; None when it is not known by then."""
+        key = f"{self.prefix}:wait:{event_id}:outcome"
+        with _translated():
+            told = await cast(
+                "Awaitable[list[bytes] | None]",
+                self._patient.blpop([key], timeout=seconds),
+            )
+        return msgspec.json.decode(told[1], type=dict[str, object]) if told else None
+
+    async def ping(self) -> None:
+        """Fail if Redis does not answer."""
+        with _translated():
+            await self._ops.ping()
+
+    async def hash(self, key: str) -> dict[str, str]:
+        """One of the documented hashes: `totals`, `gauges`, `minute:…`, `hour:…`."""
+        with _translated():
+            found = await cast(
+                "Awaitable[dict[bytes, bytes]]",
+                self._ops.hgetall(f"{self.prefix}:{key}"),
+            )
+        return {name.decode(): value.decode() for name, value in found.items()}
+
+    async def now(self) -> datetime:
+        """The server's clock, which every window and every age goes by."""
+        with _translated():
+            seconds, micros = await cast("Awaitable[list[int]]", self._ops.time())
+        return datetime.fromtimestamp(seconds + micros / 1e6, UTC)
+
+    async def probe(self) -> list[str]:
+        """Look at the server once, at start. Returns warnings, each with its cure.
+
+        Raises `RelayError` for a server that would lose events: too old, or one
+        that evicts keys when its memory is full.
+        """
+        with _translated():
+            info = cast(
+                "dict[str, object]", await cast("Awaitable[object]", self._ops.info())
+            )
+        return _judge(info)
+
+
+def _judge(info: dict[str, object]) -> list[str]:
+    version = str(info.get("valkey_version") or info.get("redis_version", "0"))
+    least = (7, 2) if "valkey_version" in info else (7, 0)
+    if tuple(int(part) for part in version.split(".")[:2]) < least:
+        msg = (
+            f"The Redis server is version {version}: Redis 7.0 or Valkey 7.2 is the "
+            "least. Update it, or leave RELAY_REDIS_URL out for the embedded one."
+        )
+        raise RelayError(msg)
+    policy = str(info.get("maxmemory_policy", "noeviction"))
+    if policy.startswith("allkeys"):
+        msg = (
+            f"The Redis server evicts keys when its memory is full ({policy}), and "
+            "with them accepted events: set `maxmemory-policy noeviction`."
+        )
+        raise RelayError(msg)
+    warnings = []
+    if policy != "noeviction":
+        warnings.append(
+            f"Redis may evict limits and duplicate marks ({policy}): set "
+            "`maxmemory-policy noeviction`."
+        )
+    if not info.get("aof_enabled"):
+        warnings.append(
+            "Redis keeps no append-only file: a restart loses accepted events. Set "
+            "`appendonly yes`."
+        )
+    return warnings
+
+
+def consumer_name() -> str:
+    """A name for this forwarder that no other has had."""
+    return f"{socket.gethostname()[:40]}-{time.time_ns():x}"
+
+
+# Answers of a server that is there but cannot take anything now.
+_NOT_NOW = {
+    "OOM": "redis_full",
+    "MISCONF": "redis_disk",
+    "READONLY": "redis_readonly",
+    "LOADING": "redis_loading",
+    "BUSY": "redis_busy",
+    "MASTERDOWN": "redis_readonly",
+    "NOREPLICAS": "redis_readonly",
+    "CLUSTERDOWN": "redis_unreachable",
+    "TRYAGAIN": "redis_unreachable",
+    "STALE": "redis_timeout",
+    "NOAUTH": "redis_auth",
+    "WRONGPASS": "redis_auth",
+    "NOPERM": "redis_auth",
+}
+# redis-py strips the prefix of some answers and raises a class instead.
+_CLASSES: list[tuple[type[Exception], str]] = [
+    (broken.OutOfMemoryError, "redis_full"),
+    (broken.ReadOnlyError, "redis_readonly"),
+    (broken.BusyLoadingError, "redis_loading"),
+    (broken.AuthenticationError, "redis_auth"),
+    (broken.AuthorizationError, "redis_auth"),
+    (broken.NoPermissionError, "redis_auth"),
+    (broken.TimeoutError, "redis_timeout"),
+    (broken.ConnectionError, "redis_unreachable"),
+]
+_SAYS = {
+    "redis_full": "Redis is out of memory",
+    "redis_disk": "Redis cannot write to its disk",
+    "redis_readonly": "Redis takes no writes now",
+    "redis_loading": "Redis is loading its data",
+    "redis_busy": "Redis is busy with a script",
+    "redis_timeout": "Redis did not answer in time",
+    "redis_unreachable": "Redis cannot be reached",
+    "redis_auth": "Redis refuses the relay's credentials",
+}
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except broken.RedisError as error:
+        reason = _reason(error)
+        if reason is None:
+            raise
+        raise QueueUnavailable(reason, f"{_SAYS[reason]}: try again soon.") from error
+    except OSError as error:  # a connection that broke outside redis-py's own code
+        raise QueueUnavailable(
+            "redis_unreachable", f"{_SAYS['redis_unreachable']}: try again soon."
+        ) from error
+
+
+def _reason(error: broken.RedisError) -> str | None:
+    """The code for an answer or a failure; None for an error of our own making."""
+    for kind, reason in _CLASSES:
+        if isinstance(error, kind):
+            return reason
+    return _NOT_NOW.get(str(error).partition(" ")[0])

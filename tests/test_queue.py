@@ -1,0 +1,755 @@
+"""The queue's five scripts, on every server that the relay supports."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import pytest
+import redis.asyncio
+import redis.exceptions
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from relay.errors import QueueUnavailable, RelayError
+from relay.limits import Gcra, Limit, Window, parse_budget, parse_limits
+from relay.outcomes import DEAD, Outcome
+from relay.queue import (
+    DUPLICATE,
+    LIMITED,
+    NO_ROOM,
+    QUEUED,
+    Queue,
+    Scripts,
+    _judge,
+    _reason,
+    connect,
+)
+from tests.queues import SIMULATED, START_S, Bench, Clock, event, result
+
+pytestmark = pytest.mark.anyio
+
+Make = Callable[..., Awaitable[Bench]]
+
+
+@pytest.fixture
+async def make(redis_url: str, prefix: str) -> AsyncIterator[Make]:
+    made: list[Bench] = []
+
+    async def bench(limits: str = "off", budget: str = "off", **more: object) -> Bench:
+        queue = Queue(
+            url=redis_url,
+            prefix=prefix,
+            limits=parse_limits(limits),
+            budget=parse_budget(budget),
+            scripts=SIMULATED,
+            timeout=5.0,
+            **more,  # type: ignore[arg-type]  # the queue's own keywords
+        )
+        clock = Clock(redis_url, prefix)
+        await clock.set(clock.us)
+        made.append(Bench(queue, clock, redis.asyncio.Redis.from_url(redis_url)))
+        return made[-1]
+
+    yield bench
+    for one in made:
+        await one.balanced()
+        await one.queue.aclose()
+        await one.clock.aclose()
+        await one.client.aclose()
+
+
+# --- commit -----------------------------------------------------------------------
+
+
+async def test_events_are_queued_in_their_order(make: Make) -> None:
+    bench = await make()
+    await bench.take(event("1"), event("2"))
+    await bench.take(event("3"))
+    assert [c.id for c in await bench.claim()] == ["1", "2", "3"]
+
+
+async def test_a_senders_id_counts_once_and_ours_are_never_compared(make: Make) -> None:
+    bench = await make()
+    assert await bench.codes(event("x"), event("x"), event(), event()) == [
+        QUEUED,
+        DUPLICATE,
+        QUEUED,
+        QUEUED,
+    ]
+    assert await bench.codes(event("x")) == [DUPLICATE]
+    assert await bench.totals() == {"received": 5, "duplicate": 2}
+
+
+async def test_a_limit_admits_its_burst_then_its_rate(make: Make) -> None:
+    bench = await make(limits="ip=60/1m burst 3")
+    assert await bench.codes(*(event() for _ in range(4))) == [QUEUED] * 3 + [LIMITED]
+    reply = await bench.take(event())
+    assert reply.codes == [LIMITED, 1_000_000]  # one a second: wait for one
+    await bench.clock.pass_ms(999)
+    assert await bench.codes(event()) == [LIMITED]
+    await bench.clock.pass_ms(1)
+    assert await bench.codes(event()) == [QUEUED]
+    assert await bench.codes(event(), ip="another") == [QUEUED]
+
+
+async def test_several_limits_charge_all_or_none(make: Make) -> None:
+    bench = await make(limits="ip=1/1m burst 2, customer=1/1m burst 1")
+    assert await bench.codes(event(customer="a")) == [QUEUED]
+    # Refused by the customer's limit: the address is not charged for it.
+    for _ in range(5):
+        assert await bench.codes(event(customer="a")) == [LIMITED + 1]
+    assert await bench.codes(event(customer="b")) == [QUEUED]
+    assert await bench.codes(event(customer="c")) == [LIMITED]
+
+
+async def test_a_duplicate_is_not_charged(make: Make) -> None:
+    bench = await make(limits="ip=1/1m burst 2")
+    assert await bench.codes(event("x"), event("x"), event("y")) == [
+        QUEUED,
+        DUPLICATE,
+        QUEUED,
+    ]
+
+
+async def test_a_dry_run_limit_counts_and_refuses_nothing(make: Make) -> None:
+    bench = await make(limits="ip=1/1m burst 1 dry_run")
+    assert await bench.codes(event(), event(), event()) == [QUEUED] * 3
+    assert (await windows(bench))["would_refuse:ip"] == "2"
+
+
+async def test_the_tightest_limit_is_told(make: Make) -> None:
+    bench = await make(limits="ip=60/1m burst 5, customer=60/1m burst 3")
+    reply = await bench.take(event())
+    assert (reply.dimension, reply.remaining, reply.reset_us) == (1, 2, 1_000_000)
+
+
+async def test_a_full_queue_refuses_without_receiving(make: Make) -> None:
+    bench = await make(queue_max=2)
+    assert await bench.codes(event("1"), event("2"), event("3")) == [0, 0, NO_ROOM]
+    assert await bench.totals() == {"received": 2}
+    [first, _] = await bench.claim()
+    await bench.settle(result(first, "delivered"))
+    assert await bench.codes(event("3")) == [QUEUED]
+
+
+async def test_a_repeated_commit_takes_effect_once(make: Make) -> None:
+    bench = await make(limits="ip=1/1m burst 3")
+    requests = [("ip", [event("1"), event()])]
+    first = await bench.commit(requests, seq=7_000_001)
+    assert await bench.commit(requests, seq=7_000_001) == first
+    assert await bench.totals() == {"received": 2}
+    assert len(await bench.claim()) == 2
+
+
+async def test_a_straggling_commit_changes_nothing(make: Make) -> None:
+    bench = await make()
+    await bench.commit([("ip", [event("new")])], seq=7_000_002)
+    with pytest.raises(QueueUnavailable) as caught:
+        await bench.commit([("ip", [event("old")])], seq=7_000_001)
+    assert caught.value.reason == "redis_timeout"
+    assert [c.id for c in await bench.claim()] == ["new"]
+
+
+async def test_refusals_of_the_edge_ride_along(make: Make) -> None:
+    bench = await make()
+    refused = [
+        ("invalid", "customer_missing", "signup", 3),
+        ("forbidden", "origin", "", 2),
+    ]
+    await bench.queue.commit("w:0", 1, [], refused)
+    assert await bench.totals() == {"received": 5, "invalid": 3, "forbidden": 2}
+    counted = await windows(bench)
+    assert counted["event:signup:invalid"] == "3"
+    assert counted["reason:customer_missing"] == "3"
+    assert counted["reason:origin"] == "2"
+
+
+async def test_minute_and_hour_are_civil_time(make: Make) -> None:
+    bench = await make()
+    for seconds, minute in [
+        (1_709_209_500, "202402291225"),  # a leap day
+        (1_735_689_599, "202412312359"),
+        (1_735_689_600, "202501010000"),
+        (4_102_444_799, "209912312359"),
+    ]:
+        await bench.clock.set(seconds * 1_000_000)
+        await bench.take(event(name="n"))
+        counted = await bench.queue.hash(f"minute:{minute}")
+        assert counted["event:n:received"] == "1", minute
+        assert await bench.queue.hash(f"hour:{minute[:10]}")
+    key = f"{bench.queue.prefix}:minute:209912312359"
+    assert 0 < await bench.client.pttl(key) <= 72 * 3_600_000
+
+
+async def test_event_names_are_bounded_and_the_frequent_ones_kept(make: Make) -> None:
+    bench = await make()
+    for n in range(30):
+        await bench.take(*(event(name="real") for _ in range(20)))
+        await bench.take(*(event(name=f"junk-{n}-{i}") for i in range(100)))
+    counted = await windows(bench)
+    names = {f.split(":")[1] for f in counted if f.startswith("event:")}
+    assert counted["event:real:received"] == "600"
+    assert "other" in names
+    assert len(names) < 400
+    assert await bench.client.zcard(f"{bench.queue.prefix}:names") == 1000
+
+
+COST = st.tuples(st.integers(0, 3_000_000), st.integers(1, 4), st.integers(1, 4))
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    quotas=st.lists(
+        st.tuples(st.integers(1, 90), st.integers(1, 9)), min_size=1, max_size=3
+    ),
+    steps=st.lists(COST, min_size=1, max_size=12),
+)
+async def test_lua_and_the_reference_gcra_decide_alike(
+    valkey_url: str, quotas: list[tuple[int, int]], steps: list[tuple[int, int, int]]
+) -> None:
+    limits = tuple(
+        Limit(dimension=name, quota=quota, window_s=60, burst=burst)
+        for name, (quota, burst) in zip(
+            ("ip", "customer", "site"), quotas, strict=False
+        )
+    )
+    prefix = f"gcra-{abs(hash((limits, tuple(steps)))):x}"
+    queue = Queue(url=valkey_url, prefix=prefix, limits=limits, scripts=SIMULATED)
+    clock = Clock(valkey_url, prefix)
+    model = Gcra(limits)
+    tats: dict[str, int] = {}
+    try:
+        for n, (us, ip, customer) in enumerate(steps, start=1):
+            await clock.set(clock.us + us)
+            asked = (str(ip), [event(customer=str(customer))])
+            [reply] = await queue.commit("w:0", n, [asked], [])
+            keys = [
+                {"ip": f"ip{ip}", "customer": f"c{customer}"}.get(d.dimension, "s")
+                for d in limits
+            ]
+            check = model.check(
+                [tats.get(k, 0) for k in keys], clock.us, [1] * len(keys)
+            )
+            assert (reply.codes[0] == QUEUED) == check.admitted
+            assert reply.codes[1] == check.wait_us
+            tats.update(zip(keys, check.tats, strict=True))
+    finally:
+        await queue.aclose()
+        await clock.aclose()
+
+
+# --- tick ---------------------------------------------------------------------------
+
+
+async def test_lanes_are_served_by_priority_and_none_starves(make: Make) -> None:
+    bench = await make()
+    for lane in ("low", "normal", "high"):
+        await bench.take(*(event(lane=lane) for _ in range(60)))
+    order = [c.lane for c in await bench.claim(40)]
+    assert order.count("high") > 30
+    assert order.count("normal") >= 3
+    assert order.count("low") >= 3
+
+
+async def test_the_budget_is_never_passed_in_any_window(make: Make) -> None:
+    bench = await make(budget="4/5s, 10/1m")
+    await bench.take(*(event() for _ in range(100)))
+    sent: list[int] = []
+    for _ in range(400):
+        sent += [bench.clock.us // 1000] * len(await bench.claim())
+        await bench.clock.pass_ms(500)
+    for quota, window in ((4, 5_000), (10, 60_000)):
+        for first in sent:
+            assert sum(first <= at < first + window for at in sent) <= quota
+    # 200 s of 10 a minute: as much as is allowed, not only less than that.
+    assert len(sent) >= 33
+
+
+async def test_two_forwarders_share_one_budget(make: Make) -> None:
+    bench = await make(budget="4/5s")
+    await bench.take(*(event() for _ in range(20)))
+    first = await bench.claim(3, consumer="a")
+    second = await bench.claim(3, consumer="b")
+    assert (len(first), len(second)) == (3, 1)
+    tick = await bench.queue.tick("b", 3, look_out=False)
+    assert (tick.claimed, tick.wait_ms) == ([], 5_100)
+
+
+async def test_a_clock_that_steps_back_does_not_block_the_budget(make: Make) -> None:
+    bench = await make(budget="4/5s")
+    await bench.take(*(event() for _ in range(20)))
+    await bench.claim()
+    await bench.clock.pass_ms(-3_600_000)
+    assert await bench.claim() == []  # those calls were just made, for all we know
+    await bench.clock.pass_ms(5_100)
+    assert len(await bench.claim()) == 4
+
+
+async def test_an_event_past_its_time_expires_visibly_and_costs_no_call(
+    make: Make,
+) -> None:
+    bench = await make(budget="1/1h")
+    await bench.take(event("old", ttl_ms=1_000), event("young"))
+    await bench.clock.pass_ms(1_001)
+    assert [c.id for c in await bench.claim()] == ["young"]
+    [dead] = await bench.dead()
+    assert (dead["id"], dead["outcome"], dead["reason"]) == ("old", "expired", "ttl")
+    assert (await bench.totals())["expired"] == 1
+
+
+async def test_idle_is_told_with_the_place_to_wait_at(make: Make) -> None:
+    bench = await make()
+    tick = await bench.queue.tick("a", 5, look_out=False)
+    assert (tick.claimed, tick.wait_ms, len(tick.doorbell)) == ([], -1, 3)
+    await bench.take(event("1"))
+    await bench.queue.doorbell(tick.doorbell, 30_000)  # returns at once
+    assert [c.id for c in await bench.claim()] == ["1"]
+
+
+async def test_a_lost_group_is_made_again_and_nothing_is_skipped(make: Make) -> None:
+    bench = await make()
+    await bench.take(event("1"))
+    await bench.client.xgroup_destroy(f"{bench.queue.prefix}:q:normal", "relay")
+    assert [c.id for c in await bench.claim()] == ["1"]
+
+
+# --- settle -------------------------------------------------------------------------
+
+
+async def test_a_delivered_event_leaves_nothing_behind(make: Make) -> None:
+    bench = await make()
+    await bench.take(event("1", name="signup"))
+    [claimed] = await bench.claim()
+    assert await bench.settle(result(claimed, "delivered", signal="ok")) == 1
+    assert await bench.totals() == {"received": 1, "delivered": 1}
+    assert (await windows(bench))["event:signup:delivered"] == "1"
+    assert await bench.client.xlen(f"{bench.queue.prefix}:q:normal") == 0
+
+
+async def test_an_event_is_settled_once(make: Make) -> None:
+    bench = await make()
+    await bench.take(event("1"))
+    [claimed] = await bench.claim()
+    assert await bench.settle(result(claimed, "delivered")) == 1
+    assert await bench.settle(result(claimed, "retry", delay_ms=1)) == 0
+    assert await bench.settle(result(claimed, "rejected")) == 0
+    assert await bench.totals() == {"received": 1, "delivered": 1}
+
+
+async def test_a_retry_waits_its_time_and_counts_its_attempts(make: Make) -> None:
+    bench = await make()
+    await bench.take(event("1"), event("2"))
+    first, second = await bench.claim()
+    await bench.settle(
+        result(first, "retry", delay_ms=2_000), result(second, "wait", delay_ms=3_000)
+    )
+    tick = await bench.queue.tick("a", 5, look_out=False)
+    assert (tick.claimed, tick.wait_ms) == ([], 2_000)
+    await bench.clock.pass_ms(2_000)
+    [again] = await bench.claim()
+    assert (again.id, again.attempts, again.lane) == ("1", 1, "retry")
+    await bench.clock.pass_ms(1_000)
+    [again] = await bench.claim()
+    assert (again.id, again.attempts) == ("2", 0)  # a 429 spends no attempt
+
+
+async def test_a_retry_beyond_its_time_expires_now(make: Make) -> None:
+    bench = await make()
+    await bench.take(event("1", ttl_ms=10_000))
+    [claimed] = await bench.claim()
+    await bench.settle(result(claimed, "retry", reason="upstream_503", delay_ms=10_001))
+    [dead] = await bench.dead()
+    assert (dead["outcome"], dead["reason"], dead["attempts"]) == (
+        "expired",
+        "upstream_503",
+        "1",
+    )
+
+
+@pytest.mark.parametrize("outcome", sorted(DEAD))
+async def test_a_dead_letter_keeps_the_whole_event(
+    make: Make, outcome: Outcome
+) -> None:
+    bench = await make()
+    await bench.take(event("1", name="n", customer="digest", body='{"event":"n"}'))
+    [claimed] = await bench.claim()
+    await bench.settle(
+        result(claimed, str(outcome), reason="why", status=400, error='{"key":"k"}')
+    )
+    [dead] = await bench.dead()
+    received = dead.pop("received_ms")
+    assert received == str(START_S * 1000)
+    assert dead == {
+        "id": "1",
+        "event": "n",
+        "outcome": str(outcome),
+        "reason": "why",
+        "status": "400",
+        "error": '{"key":"k"}',
+        "attempts": "0",
+        "lane": "normal",
+        "delivery": "at_least_once",
+        "customer": "digest",
+        "body": '{"event":"n"}',
+    }
+    assert (await windows(bench))["reason:why"] == "1"
+
+
+async def test_retries_leave_half_the_calls_to_the_rest(make: Make) -> None:
+    bench = await make()
+    await bench.take(*(event() for _ in range(20)))
+    claimed = await bench.claim(20)
+    await bench.settle(*(result(c, "retry") for c in claimed))
+    await bench.take(*(event() for _ in range(20)))
+    lanes = [c.lane for c in await bench.claim(20)]
+    assert lanes.count("retry") == 10
+
+
+async def test_a_pause_stops_every_forwarder_until_told(make: Make) -> None:
+    bench = await make()
+    await bench.take(event("1"), event("2"))
+    [first] = await bench.claim(1)
+    await bench.settle(result(first, "wait", delay_ms=9_000, pause_ms=9_000))
+    tick = await bench.queue.tick("b", 5, look_out=False)
+    assert (tick.claimed, tick.wait_ms) == ([], 9_000)
+    await bench.clock.pass_ms(9_000)
+    assert {c.id for c in await bench.claim(consumer="b")} == {"1", "2"}
+
+
+# --- holds --------------------------------------------------------------------------
+
+
+async def test_a_hold_keeps_the_queue_probes_with_one_and_ends_by_itself(
+    make: Make,
+) -> None:
+    bench = await make()
+    await bench.take(*(event() for _ in range(5)))
+    [first] = await bench.claim(1)
+    await bench.settle(result(first, "wait", reason="unauthorized", signal="auth_hold"))
+    assert await bench.claim() == []
+    assert (await bench.gauges())["hold"] == "auth_hold"
+    await bench.clock.pass_ms(5_000)
+    tick = await bench.queue.tick("a", 10, look_out=False)
+    assert (len(tick.claimed), tick.probe) == (1, True)
+    assert await bench.claim(consumer="b") == []  # one probe at a time
+    [probe] = tick.claimed
+    await bench.settle(result(probe, "wait", signal="auth_hold", probe=True))
+    await bench.clock.pass_ms(9_999)  # twice as long by now
+    assert await bench.claim() == []
+    await bench.clock.pass_ms(1)
+    [probe] = await bench.claim()
+    await bench.settle(result(probe, "delivered", signal="ok", probe=True))
+    assert len(await bench.claim()) == 4
+    assert (await bench.gauges())["hold"] == ""
+
+
+async def test_answers_from_before_a_hold_do_not_prolong_it(make: Make) -> None:
+    bench = await make()
+    await bench.take(*(event() for _ in range(4)))
+    claimed = await bench.claim()
+    await bench.settle(*(result(c, "wait", signal="auth_hold") for c in claimed))
+    await bench.clock.pass_ms(5_000)
+    assert len(await bench.claim()) == 1
+
+
+async def test_one_poisonous_event_cannot_hold_the_rest_for_ever(make: Make) -> None:
+    bench = await make()
+    await bench.take(event("poison"))
+    for n in range(60):
+        await bench.take(event(f"good-{n}"))
+        for c in await bench.claim(1):
+            if c.id == "poison":
+                tick_probe = (await bench.queue.hash("flow")).get("hold") is not None
+                answer = result(
+                    c,
+                    "wait",
+                    reason="forbidden",
+                    status=403,
+                    signal="auth_hold",
+                    delay_ms=1_000,
+                    probe=tick_probe,
+                )
+            else:
+                answer = result(c, "delivered", signal="ok")
+            await bench.settle(answer)
+        await bench.clock.pass_ms(5_000)
+    [dead] = await bench.dead()
+    assert (dead["id"], dead["outcome"], dead["status"]) == (
+        "poison",
+        "rejected",
+        "403",
+    )
+
+
+async def test_five_failures_in_a_row_open_the_breaker_and_one_success_closes_it(
+    make: Make,
+) -> None:
+    bench = await make()
+    await bench.take(*(event() for _ in range(8)))
+    for _ in range(4):
+        [claimed] = await bench.claim(1)
+        await bench.settle(result(claimed, "retry", signal="failed", delay_ms=600_000))
+    [claimed] = await bench.claim(1)
+    await bench.settle(
+        result(
+            claimed, "retry", reason="upstream_503", signal="failed", delay_ms=600_000
+        )
+    )
+    assert await bench.claim() == []
+    assert (await bench.gauges())["hold"] == "breaker_open"
+    await bench.clock.pass_ms(1_000)
+    [probe] = await bench.claim()
+    await bench.settle(result(probe, "delivered", signal="ok", probe=True))
+    assert len(await bench.claim()) == 2
+
+
+# --- dead forwarders ------------------------------------------------------------------
+
+
+async def test_what_a_dead_forwarder_had_is_taken_over_by_its_rule(make: Make) -> None:
+    bench = await make()
+    await bench.take(
+        event("plain"),
+        event("paying-unsent", delivery="at_most_once"),
+        event("paying-sent", delivery="at_most_once"),
+    )
+    _, _, sent = await bench.claim(consumer="dead")
+    assert await bench.queue.mark("dead", sent)
+    await bench.clock.pass_ms(19_000)
+    assert await bench.claim(consumer="b", look_out=True) == []
+    await bench.clock.pass_ms(1_001)
+    taken = await bench.claim(consumer="b", look_out=True)
+    assert {c.id for c in taken} == {"plain", "paying-unsent"}
+    [dead] = await bench.dead()
+    assert (dead["id"], dead["outcome"], dead["reason"]) == (
+        "paying-sent",
+        "ambiguous",
+        "worker_died",
+    )
+
+
+async def test_a_live_forwarder_keeps_what_it_has(make: Make) -> None:
+    bench = await make()
+    await bench.take(event("slow"))
+    await bench.claim(consumer="slow")
+    for _ in range(10):
+        await bench.clock.pass_ms(8_000)
+        await bench.claim(0, consumer="slow")  # its heartbeat
+        assert await bench.claim(consumer="b", look_out=True) == []
+
+
+async def test_a_forwarder_that_lost_its_event_can_do_nothing_with_it(
+    make: Make,
+) -> None:
+    bench = await make()
+    await bench.take(event("1", delivery="at_most_once"))
+    [stalled] = await bench.claim(consumer="stalled")
+    await bench.clock.pass_ms(25_000)
+    [taken] = await bench.claim(consumer="b", look_out=True)
+    assert not await bench.queue.mark("stalled", stalled)
+    assert await bench.settle(result(stalled, "rejected"), consumer="stalled") == 0
+    assert await bench.queue.mark("b", taken)
+    assert await bench.settle(result(taken, "delivered"), consumer="b") == 1
+
+
+async def test_an_event_that_kills_its_forwarders_is_set_aside(make: Make) -> None:
+    bench = await make()
+    await bench.take(event("killer"))
+    assert len(await bench.claim(consumer="w0")) == 1
+    for n in range(1, 5):
+        await bench.clock.pass_ms(25_000)
+        assert len(await bench.claim(consumer=f"w{n}", look_out=True)) == 1
+    await bench.clock.pass_ms(25_000)
+    assert await bench.claim(consumer="w5", look_out=True) == []
+    [dead] = await bench.dead()
+    assert (dead["outcome"], dead["reason"]) == ("expired", "worker_died")
+
+
+async def test_after_an_outage_nobody_is_accused_at_once(make: Make) -> None:
+    bench = await make()
+    await bench.take(event("1"), event("2"))
+    await bench.claim(1, consumer="a")
+    await bench.claim(1, consumer="b")
+    await bench.clock.pass_ms(60_000)  # Redis was away for both
+    assert await bench.claim(consumer="b", look_out=True) == []
+    assert await bench.client.exists(f"{bench.queue.prefix}:amnesty") == 1
+
+
+# --- reap ---------------------------------------------------------------------------
+
+
+async def test_gauges_tell_what_waits_and_for_how_long(make: Make) -> None:
+    bench = await make(budget="4/5s")
+    await bench.take(*(event() for _ in range(10)))
+    claimed = await bench.claim(3)
+    await bench.settle(result(claimed[0], "retry", delay_ms=60_000))
+    await bench.settle(result(claimed[1], "rejected"))
+    await bench.clock.pass_ms(7_000)
+    gauges = await bench.gauges()
+    assert {
+        name: gauges[name]
+        for name in ("queued", "in_flight", "delayed", "dead", "unaccounted", "spooled")
+    } == {
+        "queued": "7",
+        "in_flight": "1",
+        "delayed": "1",
+        "dead": "1",
+        "unaccounted": "0",
+        "spooled": "0",
+    }
+    assert gauges["oldest_age_ms"] == "7000"
+    assert gauges["budget_per_s"] == "0.8"
+    assert gauges["eta_s"] == "12"  # 9 events at 0.8 a second
+
+
+async def test_consumers_that_own_nothing_are_removed_in_time(make: Make) -> None:
+    bench = await make()
+    await bench.take(event("1"), event("2"))
+    await bench.claim(1, consumer="gone-with-one")
+    [second] = await bench.claim(1, consumer="gone-with-none")
+    await bench.settle(result(second, "delivered"), consumer="gone-with-none")
+    await bench.clock.pass_ms(3_600_001)
+    await bench.gauges()
+    consumers = await bench.client.xinfo_consumers(
+        f"{bench.queue.prefix}:q:normal", "relay"
+    )
+    assert [c["name"] for c in consumers] == [b"gone-with-one"]
+
+
+# --- the server ----------------------------------------------------------------------
+
+
+async def test_a_full_server_refuses_events_and_still_lets_them_out(
+    prefix: str, tmp_path: Path
+) -> None:
+    from tests.servers import start_server
+
+    with start_server(None, tmp_path / "full") as url:
+        queue = Queue(url=url, prefix=prefix)
+        client = redis.asyncio.Redis.from_url(url)
+        try:
+            await queue.commit("w:0", 1, [("ip", [event("1"), event("2")])], [])
+            await client.config_set("maxmemory", "1")
+            with pytest.raises(QueueUnavailable) as caught:
+                await queue.commit("w:0", 2, [("ip", [event("3")])], [])
+            assert caught.value.reason == "redis_full"
+            tick = await queue.tick("a", 5, look_out=True)
+            assert [c.id for c in tick.claimed] == ["1", "2"]
+            await queue.settle(
+                "a",
+                [
+                    result(tick.claimed[0], "delivered"),
+                    result(tick.claimed[1], "retry"),
+                ],
+            )
+            assert (await queue.reap())["unaccounted"] == "0"
+        finally:
+            await queue.aclose()
+            await client.aclose()
+
+
+async def test_a_flushed_script_cache_is_filled_again(make: Make) -> None:
+    bench = await make()
+    await bench.take(event("1"))
+    await bench.client.script_flush()
+    await bench.take(event("2"))
+    assert len(await bench.claim()) == 2
+
+
+async def test_a_server_that_is_not_there_is_named() -> None:
+    queue = Queue(url="unix:///nonexistent.sock", prefix="x")
+    try:
+        with pytest.raises(QueueUnavailable) as caught:
+            await queue.ping()
+        assert caught.value.reason == "redis_unreachable"
+    finally:
+        await queue.aclose()
+
+
+def test_no_command_is_ever_sent_twice_by_the_client() -> None:
+    client = connect("redis://127.0.0.1:1", timeout=1, connections=1)
+    retry = client.connection_pool.connection_kwargs["retry"]
+    assert retry.get_retries() == 0
+
+
+@pytest.mark.parametrize(
+    ("info", "says"),
+    [
+        ({"redis_version": "6.2.14"}, "Redis 7.0 or Valkey 7.2 is the least"),
+        (
+            {"redis_version": "7.2.4", "valkey_version": "7.1.0"},
+            "Valkey 7.2 is the least",
+        ),
+        (
+            {"redis_version": "7.4.0", "maxmemory_policy": "allkeys-lru"},
+            "maxmemory-policy noeviction",
+        ),
+    ],
+    ids=["old-redis", "old-valkey", "evicting"],
+)
+def test_a_server_that_would_lose_events_is_refused(
+    info: dict[str, object], says: str
+) -> None:
+    with pytest.raises(RelayError, match=says):
+        _judge(info)
+
+
+def test_a_doubtful_server_is_warned_about() -> None:
+    info: dict[str, object] = {
+        "redis_version": "7.4.0",
+        "maxmemory_policy": "volatile-lru",
+        "aof_enabled": 0,
+    }
+    assert len(_judge(info)) == 2
+    info |= {"maxmemory_policy": "noeviction", "aof_enabled": 1}
+    assert _judge(info) == []
+
+
+def test_every_redis_exception_has_a_reason_or_is_our_own_fault() -> None:
+    ours = {
+        # Raised for commands, arguments or data types that we would have got wrong,
+        # or for features the relay does not use.
+        name
+        for name, kind in vars(redis.exceptions).items()
+        if isinstance(kind, type)
+        and issubclass(kind, redis.exceptions.RedisError)
+        and _reason(
+            kind("x") if kind.__init__ is Exception.__init__ else kind.__new__(kind)
+        )
+        is None
+    }
+    assert not {
+        n for n in ours if "Connection" in n or "Timeout" in n or "ReadOnly" in n
+    }
+
+
+def test_the_scripts_know_every_outcome() -> None:
+    for outcome in Outcome:
+        assert f"'{outcome}'" in Scripts().reap.source
+
+
+def test_the_scripts_read_one_clock() -> None:
+    assert Scripts().commit.source.count("call('TIME')") == 1
+    assert "call('TIME')" not in SIMULATED.tick.source
+
+
+def test_windows_of_an_unlimited_budget_are_none() -> None:
+    assert parse_budget("off") == ()
+    assert Queue(url="redis://x", prefix="x", budget=()).rate == 0
+    assert Queue(
+        url="redis://x", prefix="x", budget=[Window(quota=4, period_ms=5000)]
+    ).rate == pytest.approx(0.8)
+
+
+async def windows(bench: Bench) -> dict[str, str]:
+    """The hour's counts, whichever minutes the test's clock went through."""
+    [key] = [
+        k
+        async for k in bench.client.scan_iter(
+            f"{bench.queue.prefix}:hour:*".replace("{", "[{]")
+        )
+    ]
+    return await bench.queue.hash(key.decode().removeprefix(f"{bench.queue.prefix}:"))
