@@ -1,0 +1,202 @@
+"""Take requests into the queue, many with one commit.
+
+Whatever arrives while two commits are under way shares the next one: no timer, so
+an idle relay adds no delay, and batches grow with the load. Each request waits only
+for its own result. A commit whose answer was lost is sent again under the same
+number, which takes effect once; so a request fails here only when Redis stays away
+for longer than the deadline, and then the sender is told to come back.
+
+Refusals of the edge are gathered and ride along, at the latest after half a second.
+"""
+
+import asyncio
+import contextlib
+from collections import Counter, deque
+from secrets import token_hex
+from typing import Protocol
+
+import structlog
+
+from relay.errors import QueueUnavailable
+from relay.outcomes import Outcome
+from relay.queue import Refused, Reply, Request
+
+MAX_BATCH_EVENTS = 128  # beyond it a batch gains nothing and costs latency
+MAX_BATCH_BYTES = 256 * 1024
+IN_FLIGHT = 2  # one being answered while the next one gathers
+MAX_WAITING_EVENTS = 5_000
+DEADLINE_S = 2.0  # how long one commit is tried
+FIRST_PAUSE_S = 0.02
+BREAKER_FIRST_S, BREAKER_MAX_S = 0.5, 5.0
+REFUSALS_EVERY_S = 0.5
+MAX_REFUSAL_KINDS = 1_000
+
+log = structlog.get_logger()
+
+
+class Commits(Protocol):
+    """The part of the queue that admission needs."""
+
+    async def commit(
+        self, slot: str, seq: int, requests: list[Request], refused: list[Refused]
+    ) -> list[Reply]: ...
+
+
+class Admission:
+    """The way into the queue for one process."""
+
+    def __init__(self, queue: Commits, *, deadline_s: float = DEADLINE_S) -> None:
+        self._queue = queue
+        self._deadline_s = deadline_s
+        self._waiting: deque[tuple[Request, asyncio.Future[Reply]]] = deque()
+        self._waiting_events = 0
+        self._refused: Counter[tuple[str, str, str]] = Counter()
+        # A slot remembers its last reply in Redis, so each has one commit at a time.
+        writer = token_hex(6)
+        self._slots = [f"{writer}:{n}" for n in range(IN_FLIGHT)]
+        self._seq = 0
+        self._scheduled = False
+        self._running: set[asyncio.Task[None]] = set()
+        self._open_until = 0.0
+        self._open_s = BREAKER_FIRST_S
+        self._flusher: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        self._flusher = asyncio.create_task(self._flush_refusals())
+
+    async def stop(self) -> None:
+        """Finish what is waiting; call it when no request is left to come."""
+        if self._flusher is not None:
+            self._flusher.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._flusher
+        self._flush(final=True)
+        while self._running:
+            await asyncio.wait(self._running)
+
+    def refuse(self, outcome: Outcome, reason: str, name: str) -> None:
+        """Count an event that the edge refused."""
+        key = (str(outcome), reason, name)
+        if key not in self._refused and len(self._refused) >= MAX_REFUSAL_KINDS:
+            key = (str(outcome), reason, "")  # Redis is away and names pile up
+        self._refused[key] += 1
+
+    def submit(self, request: Request) -> asyncio.Future[Reply]:
+        """Queue a request's events; the future gives the result or `QueueUnavailable`.
+
+        Raises `QueueUnavailable` at once while Redis is known to be away, and when
+        more waits than can be taken in soon.
+        """
+        loop = asyncio.get_running_loop()
+        if self._open_until > loop.time():
+            raise QueueUnavailable(
+                "redis_unreachable", "The queue is away: try again soon."
+            )
+        if self._waiting_events + len(request[1]) > MAX_WAITING_EVENTS:
+            raise QueueUnavailable("overloaded", "Too much at once: try again soon.")
+        future: asyncio.Future[Reply] = loop.create_future()
+        self._waiting.append((request, future))
+        self._waiting_events += len(request[1])
+        if not self._scheduled and self._slots:
+            # At the end of this turn of the loop: what was read together goes together.
+            self._scheduled = True
+            loop.call_soon(self._flush)
+        return future
+
+    def _flush(self, *, final: bool = False) -> None:
+        self._scheduled = False
+        while self._slots and (self._waiting or (final and self._refused)):
+            task = asyncio.create_task(self._commit(self._slots.pop(), self._batch()))
+            self._running.add(task)
+            task.add_done_callback(self._running.discard)
+
+    def _batch(self) -> list[tuple[Request, asyncio.Future[Reply]]]:
+        batch: list[tuple[Request, asyncio.Future[Reply]]] = []
+        events = size = 0
+        while self._waiting:
+            request = self._waiting[0][0]
+            grown = size + sum(len(event[7]) for event in request[1])
+            full = events + len(request[1]) > MAX_BATCH_EVENTS
+            if batch and (full or grown > MAX_BATCH_BYTES):
+                break
+            batch.append(self._waiting.popleft())
+            events += len(request[1])
+            size = grown
+        self._waiting_events -= events
+        return batch
+
+    async def _commit(
+        self, slot: str, batch: list[tuple[Request, asyncio.Future[Reply]]]
+    ) -> None:
+        refused, self._refused = self._refused, Counter()
+        try:
+            replies = await self._insist(
+                slot, [request for request, _ in batch], refused
+            )
+        except QueueUnavailable as error:
+            self._fail(batch, error)
+        except Exception as error:
+            # A fault of the script or of ours: each request answers for itself.
+            log.exception("admission.failed")
+            for _, future in batch:
+                _set(future, error)
+        else:
+            self._open_s = BREAKER_FIRST_S
+            for (_, future), reply in zip(batch, replies, strict=True):
+                if not future.done():  # its request may have been cancelled
+                    future.set_result(reply)
+        finally:
+            self._slots.append(slot)
+            self._flush()
+
+    async def _insist(
+        self, slot: str, requests: list[Request], refused: Counter[tuple[str, str, str]]
+    ) -> list[Reply]:
+        """Send one commit until it is answered, under one number: it counts once."""
+        self._seq += 1
+        seq, pause = self._seq, FIRST_PAUSE_S
+        counts: list[Refused] = [(*kind, n) for kind, n in refused.items()]
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._deadline_s
+        unsure = False
+        while True:
+            try:
+                return await self._queue.commit(slot, seq, requests, counts)
+            except QueueUnavailable as error:
+                unsure = unsure or error.reason == "redis_timeout"
+                hopeless = error.reason in ("redis_full", "redis_auth")
+                if hopeless or loop.time() + pause > deadline:
+                    if not unsure:  # certainly not counted yet
+                        self._refused.update(refused)
+                    raise
+                log.warning("admission.commit_repeated", reason=error.reason)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, 0.25)
+
+    def _fail(
+        self,
+        batch: list[tuple[Request, asyncio.Future[Reply]]],
+        error: QueueUnavailable,
+    ) -> None:
+        """Redis stayed away: answer everyone who waits, and ask again in a while."""
+        loop = asyncio.get_running_loop()
+        self._open_until = loop.time() + self._open_s
+        log.error("admission.unavailable", reason=error.reason, again_in_s=self._open_s)
+        self._open_s = min(2 * self._open_s, BREAKER_MAX_S)
+        for _, future in (*batch, *self._waiting):
+            _set(future, error)
+        self._waiting.clear()
+        self._waiting_events = 0
+
+    async def _flush_refusals(self) -> None:
+        while True:
+            await asyncio.sleep(REFUSALS_EVERY_S)
+            idle = len(self._slots) == IN_FLIGHT
+            away = self._open_until > asyncio.get_running_loop().time()
+            if self._refused and idle and not away:
+                self._flush(final=True)
+
+
+def _set(future: asyncio.Future[Reply], error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)
