@@ -1,0 +1,315 @@
+"""Deliver queued events to Voucherify, no faster than it allows.
+
+Asks the shared budget first, then claims, sends and settles. At least once for
+plain events: settled only after Voucherify has answered. At most once for events
+that pay: what may have arrived is never sent again, it goes to the dead letters as
+`ambiguous`; a durable mark before the first byte tells the two apart after a crash.
+
+Redis may come and go: results are kept until it takes them. Nothing here decides
+about an event's state alone; the scripts do, and only for its present owner.
+"""
+
+import asyncio
+import random
+from collections.abc import Callable
+from typing import Protocol
+
+import msgspec
+import structlog
+
+from relay.errors import QueueUnavailable
+from relay.queue import Claimed, Queue, Result, consumer_name
+from relay.retry import next_delay_ms
+from relay.voucherify import Answer, Verdict
+
+LOOK_OUT_S = 4.0  # between two looks for dead forwarders: 20 s + 4 s < 30 s
+NAP_S = 1.0  # the longest time without a heartbeat, and without a look at the holds
+DEFAULT_PAUSE_MS = 5_000  # a 429 that names no time: the window of the client API
+HELD_MS = 1_000
+SETTLE_MAX = 128
+BACKOFF_S, BACKOFF_MAX_S = 0.05, 2.0
+LAST_SETTLE_S = 3.0  # after the drain: for Redis to take the last results
+
+log = structlog.get_logger()
+
+
+def _backoff(attempt: int, told_ms: int | None) -> int:
+    return next_delay_ms(attempt, told_ms, random.random)
+
+
+class Upstream(Protocol):
+    """Whoever can send one event and say what came of it."""
+
+    async def send(self, body: bytes) -> Answer: ...
+
+
+class Forwarder:
+    """One delivering process; any number of them share a queue and its budget."""
+
+    def __init__(
+        self,
+        *,
+        queue: Queue,
+        upstream: Upstream,
+        concurrency: int = 32,
+        drain_timeout_s: float = 10.0,
+        backoff: Callable[[int, int | None], int] = _backoff,
+        name: str | None = None,
+        look_out_s: float = LOOK_OUT_S,
+    ) -> None:
+        self.name = name or consumer_name()
+        self._queue = queue
+        self._upstream = upstream
+        self._concurrency = concurrency
+        self._drain_timeout_s = drain_timeout_s
+        self._backoff = backoff
+        self._look_out_s = look_out_s
+        self._looked_out = float("-inf")
+        self._in_flight: set[asyncio.Task[None]] = set()
+        self._results: list[Result] = []
+        self._settling: asyncio.Task[None] | None = None
+        self._bell: asyncio.Task[None] | None = None
+        self._wake = asyncio.Event()
+        self._stopping = False
+
+    async def run(self) -> None:
+        """Deliver until `stop`; returns when everything in flight is settled."""
+        pause = BACKOFF_S
+        while not self._stopping:
+            self._wake.clear()
+            try:
+                await self._turn()
+                pause = BACKOFF_S
+            except QueueUnavailable as error:
+                log.warning("forwarder.queue_unavailable", reason=error.reason)
+                await self._nap(pause)
+                pause = min(2 * pause, BACKOFF_MAX_S)
+            except Exception:
+                # The top of the loop: our bug must not end the delivery of the rest.
+                log.exception("forwarder.failed")
+                await self._nap(BACKOFF_MAX_S)
+        await self._drain()
+
+    def stop(self) -> None:
+        """Claim nothing more; `run` returns after the drain."""
+        self._stopping = True
+        self._wake.set()
+
+    async def _turn(self) -> None:
+        now = asyncio.get_running_loop().time()
+        look_out = now - self._looked_out >= self._look_out_s
+        free = self._concurrency - len(self._in_flight)
+        # With no hand free it is a heartbeat only.
+        tick = await self._queue.tick(self.name, free, look_out=look_out)
+        if look_out:
+            self._looked_out = now
+        for claimed in tick.claimed:
+            task = asyncio.create_task(self._deliver(claimed, probe=tick.probe))
+            self._in_flight.add(task)
+            task.add_done_callback(self._landed)
+        if len(self._in_flight) >= self._concurrency:
+            await self._nap(NAP_S)
+        elif tick.doorbell:
+            await self._idle(tick.doorbell, tick.wait_ms)
+        elif tick.wait_ms > 0:
+            await self._nap(min(tick.wait_ms / 1000, NAP_S))
+
+    def _landed(self, task: asyncio.Task[None]) -> None:
+        self._in_flight.discard(task)
+        self._wake.set()
+
+    async def _nap(self, seconds: float) -> None:
+        """Sleep, unless something happens here first."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._wake.wait()
+        except TimeoutError:
+            pass
+
+    async def _idle(self, last: list[str], wait_ms: int) -> None:
+        """Nothing to send: wait for a new event, a due retry or a stop."""
+        if self._bell is None:
+            self._bell = asyncio.create_task(
+                self._queue.doorbell(last, int(NAP_S * 1000))
+            )
+        woken = asyncio.create_task(self._wake.wait())
+        due = max(wait_ms, 1) / 1000 if wait_ms >= 0 else None
+        await asyncio.wait(
+            {self._bell, woken}, timeout=due, return_when=asyncio.FIRST_COMPLETED
+        )
+        woken.cancel()
+        # A bell that has not rung stays: at worst it rings for what was taken since,
+        # and cancelling a client that is just connecting can take its whole BLOCK.
+        if self._bell.done():
+            rung, self._bell = self._bell, None
+            rung.result()
+
+    # --- one event --------------------------------------------------------------------
+
+    async def _deliver(self, claimed: Claimed, *, probe: bool) -> None:
+        may_have_arrived = False
+        try:
+            if claimed.delivery == "at_most_once" and not await self._queue.mark(
+                self.name, claimed
+            ):
+                return  # another forwarder has taken it over
+            may_have_arrived = True
+            answer = await self._upstream.send(claimed.body.encode())
+        except QueueUnavailable as error:
+            result = _back(claimed, error.reason, probe=probe)
+        except asyncio.CancelledError:  # the drain took too long
+            result = _interrupted(claimed, "drain_timeout", sent=may_have_arrived)
+        except Exception:
+            # Our bug: the event's own rule says what a lost attempt means for it.
+            log.exception("forwarder.delivery_failed")
+            result = _interrupted(claimed, "internal", sent=may_have_arrived)
+        else:
+            result = self._result(claimed, answer, probe=probe)
+        await self._settle(result)
+
+    def _result(self, claimed: Claimed, answer: Answer, *, probe: bool) -> Result:
+        verdict, delay_ms = self._judge(claimed, answer)
+        if verdict != "delivered":
+            log.warning(
+                "forwarder.not_delivered",
+                verdict=verdict,
+                reason=answer.reason,
+                status=answer.status,
+                request_id=answer.request_id,
+                attempt=claimed.attempts + 1,
+                delay_ms=delay_ms,
+            )
+        return Result(
+            lane=claimed.lane,
+            entry=claimed.entry,
+            verdict=verdict,
+            reason=answer.reason,
+            status=answer.status or 0,
+            error=_error(answer),
+            delay_ms=delay_ms,
+            signal=_signal(answer),
+            pause_ms=_pause_ms(answer),
+            probe=probe,
+        )
+
+    def _judge(self, claimed: Claimed, answer: Answer) -> tuple[str, int]:
+        """The delivery table: verdict for the settle script, and delay in ms."""
+        match answer.verdict:
+            case Verdict.DELIVERED:
+                return "delivered", 0
+            case Verdict.REJECTED:
+                return "rejected", 0
+            case Verdict.WAIT:
+                return "wait", answer.retry_after_ms or DEFAULT_PAUSE_MS
+            case Verdict.HOLD:
+                return "wait", HELD_MS
+            case Verdict.UNKNOWN if claimed.delivery == "at_most_once":
+                return "ambiguous", 0
+            case _:
+                attempt = claimed.attempts + 1
+                return "retry", self._backoff(attempt, answer.retry_after_ms)
+
+    # --- settling ---------------------------------------------------------------------
+
+    async def _settle(self, result: Result) -> None:
+        """Hand a result over, many at once, and wait until it is in Redis."""
+        self._results.append(result)
+        while result in self._results:
+            if self._settling is None or self._settling.done():
+                self._settling = asyncio.create_task(self._settle_all())
+            await asyncio.shield(self._settling)
+
+    async def _settle_all(self) -> None:
+        pause = BACKOFF_S
+        while self._results:
+            part = self._results[:SETTLE_MAX]
+            try:
+                await self._queue.settle(self.name, part)
+            except QueueUnavailable as error:
+                # Kept until Redis is back: forgetting would send them again.
+                log.warning("forwarder.settle_waits", reason=error.reason)
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, BACKOFF_MAX_S)
+            else:
+                del self._results[: len(part)]
+
+    async def _drain(self) -> None:
+        """Finish what is in flight, then give the rest back, then let go."""
+        if self._bell is not None:
+            self._bell.cancel()
+            await asyncio.gather(self._bell, return_exceptions=True)
+        if self._in_flight:
+            log.info("forwarder.draining", in_flight=len(self._in_flight))
+            await asyncio.wait(self._in_flight, timeout=self._drain_timeout_s)
+        late = set(self._in_flight)
+        for task in late:
+            task.cancel()
+        if late:
+            await asyncio.wait(late, timeout=LAST_SETTLE_S)
+        if self._settling is not None and not self._settling.done():
+            # Redis is away: these are taken over later, by the rule of each event.
+            log.error("forwarder.unsettled", results=len(self._results))
+            self._settling.cancel()
+            await asyncio.gather(self._settling, *late, return_exceptions=True)
+
+
+def _back(claimed: Claimed, reason: str, *, probe: bool) -> Result:
+    """Certainly not sent: give it back untouched."""
+    return Result(
+        lane=claimed.lane,
+        entry=claimed.entry,
+        verdict="release",
+        reason=reason,
+        probe=probe,
+    )
+
+
+def _interrupted(claimed: Claimed, reason: str, *, sent: bool) -> Result:
+    """No answer will come; `sent` says whether the event may have left."""
+    if not sent:
+        verdict = "release"
+    elif claimed.delivery == "at_most_once":
+        verdict = "ambiguous"
+    else:
+        verdict = "retry"
+    return Result(
+        lane=claimed.lane,
+        entry=claimed.entry,
+        verdict=verdict,
+        reason=reason,
+        delay_ms=0 if verdict == "release" else HELD_MS,
+    )
+
+
+def _signal(answer: Answer) -> str:
+    """What an answer says about Voucherify as a whole."""
+    match answer.verdict:
+        case Verdict.DELIVERED | Verdict.REJECTED:
+            return "ok"
+        case Verdict.RETRY | Verdict.UNKNOWN:
+            return "failed"
+        case Verdict.HOLD if answer.hold is not None:
+            return str(answer.hold)
+        case _:
+            return "none"
+
+
+def _pause_ms(answer: Answer) -> int:
+    """How long nobody may call: a 429, or the last call of a window."""
+    if answer.verdict is Verdict.WAIT:
+        return answer.retry_after_ms or DEFAULT_PAUSE_MS
+    if answer.verdict is Verdict.HOLD or answer.remaining == 0:
+        return answer.retry_after_ms or 0
+    return 0
+
+
+def _error(answer: Answer) -> str:
+    """Voucherify's own words, for the dead letters and `Prefer: wait`."""
+    said = {
+        "key": answer.error_key,
+        "message": answer.error_message,
+        "details": answer.error_details,
+        "request_id": answer.request_id,
+    }
+    known = {name: value for name, value in said.items() if value}
+    return msgspec.json.encode(known).decode() if known else ""

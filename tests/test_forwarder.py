@@ -1,0 +1,387 @@
+"""Delivery: the whole table, against the sandbox on a real socket and a real queue."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import pytest
+import redis.asyncio
+
+from relay.forwarder import Forwarder
+from relay.limits import parse_budget
+from relay.outcomes import Outcome
+from relay.queue import Queue
+from relay.sandbox.app import Sandbox
+from relay.sandbox.config import SandboxConfig
+from relay.sandbox.server import serve_sandbox
+from relay.voucherify import Answer, Voucherify
+from tests.queues import Bench, Clock, event
+from tests.support import eventually
+
+pytestmark = pytest.mark.anyio
+
+PLAIN, PAYING = "at_least_once", "at_most_once"
+
+
+def soon(_attempt: int, _told_ms: int | None) -> int:
+    return 20  # milliseconds instead of a second and more
+
+
+@dataclass
+class Delivery:
+    """A queue, a sandbox and what connects them."""
+
+    bench: Bench
+    sandbox: Sandbox
+    upstream: Voucherify
+    url: str
+
+    @asynccontextmanager
+    async def forwarder(self, **options: object) -> AsyncIterator[Forwarder]:
+        given = {"queue": self.bench.queue, "upstream": self.upstream, "backoff": soon}
+        made = Forwarder(**(given | options))  # type: ignore[arg-type]  # its own keywords
+        running = asyncio.create_task(made.run())
+        try:
+            yield made
+        finally:
+            made.stop()
+            await running
+
+    async def send(self, name: str, delivery: str = PLAIN, **more: object) -> None:
+        body = {"event": name, "customer": {"source_id": "c"}}
+        await self.bench.take(
+            event(name=name, delivery=delivery, body=json.dumps(body), **more)  # type: ignore[arg-type]  # event()'s own keywords
+        )
+
+    async def outcomes(self) -> dict[str, int]:
+        totals = await self.bench.totals()
+        return {n: totals[n] for n in map(str, Outcome) if totals.get(n)}
+
+    async def settled(self, within: float = 20) -> dict[str, int]:
+        async def quiet() -> bool:
+            gauges = await self.bench.gauges()
+            return all(gauges[g] == "0" for g in ("queued", "in_flight", "delayed"))
+
+        await eventually(quiet, within=within)
+        return await self.outcomes()
+
+
+@pytest.fixture
+async def delivery(valkey_url: str, prefix: str) -> AsyncIterator[Delivery]:
+    config = SandboxConfig(client_limit=None)
+    async with serve_sandbox(config) as running:
+        queue = Queue(url=valkey_url, prefix=prefix, timeout=5.0)
+        upstream = Voucherify(
+            base_url=running.url,
+            application_id=config.application_id,
+            token=config.client_token,
+            origin="https://shop.example",
+            timeout=1.0,
+        )
+        bench = Bench(
+            queue, Clock(valkey_url, prefix), redis.asyncio.Redis.from_url(valkey_url)
+        )
+        yield Delivery(bench, running.sandbox, upstream, running.url)
+        await bench.balanced()
+        await upstream.aclose()
+        await queue.aclose()
+        await bench.clock.aclose()
+        await bench.client.aclose()
+        running.sandbox.assert_clean()
+
+
+async def test_a_queued_event_is_delivered_and_wakes_an_idle_forwarder(
+    delivery: Delivery,
+) -> None:
+    async with delivery.forwarder():
+        await delivery.send("first")
+        await delivery.settled()
+        await delivery.send("second")
+        assert await delivery.settled() == {"delivered": 2}
+    assert delivery.sandbox.event_names() == ["first", "second"]
+
+
+SILENCE = {"delay": 1.5, "disconnect": "close", "at": "before_record"}
+TABLE: list[tuple[str, dict[str, object], str, dict[str, int], int, str]] = [
+    # fault, delivery rule -> outcomes, how often it was recorded, reason of the letter
+    ("2xx-unexpected-body", {"malformed": "text_200"}, PAYING, {"delivered": 1}, 1, ""),
+    ("2xx-empty", {"malformed": "empty_200"}, PLAIN, {"delivered": 1}, 1, ""),
+    ("400-plain", {"status": 400}, PLAIN, {"rejected": 1}, 0, "invalid_payload"),
+    ("400-paying", {"status": 400}, PAYING, {"rejected": 1}, 0, "invalid_payload"),
+    ("404", {"status": 404}, PAYING, {"rejected": 1}, 0, "not_found"),
+    ("413", {"status": 413}, PLAIN, {"rejected": 1}, 0, "upstream_413"),
+    ("422", {"status": 422}, PLAIN, {"rejected": 1}, 0, ""),
+    ("502-plain", {"status": 502}, PLAIN, {"delivered": 1}, 1, ""),
+    ("502-paying", {"malformed": "html_502"}, PAYING, {"delivered": 1}, 1, ""),
+    ("503-paying", {"status": 503}, PAYING, {"delivered": 1}, 1, ""),
+    ("500-plain", {"status": 500}, PLAIN, {"delivered": 1}, 1, ""),
+    ("500-paying", {"status": 500}, PAYING, {"ambiguous": 1}, 0, ""),
+    (
+        "500-paying-applied",
+        {"status": 500, "at": "after_record"},
+        PAYING,
+        {"ambiguous": 1},
+        1,
+        "",
+    ),
+    ("504-paying", {"status": 504}, PAYING, {"ambiguous": 1}, 0, ""),
+    ("504-plain", {"status": 504}, PLAIN, {"delivered": 1}, 1, ""),
+    (
+        "silence-plain",
+        SILENCE,
+        PLAIN,
+        {"delivered": 1},
+        1,
+        "",
+    ),
+    (
+        "silence-paying",
+        SILENCE,
+        PAYING,
+        {"ambiguous": 1},
+        0,
+        "read_timeout",
+    ),
+    (
+        "reset-after-applied-paying",
+        {"disconnect": "reset", "at": "after_record"},
+        PAYING,
+        {"ambiguous": 1},
+        1,
+        "connection_lost",
+    ),
+    (
+        "reset-after-applied-plain",
+        {"disconnect": "reset", "at": "after_record"},
+        PLAIN,
+        {"delivered": 1},
+        2,  # at least once: this is what it means
+        "",
+    ),
+    (
+        "closed-paying",
+        {"disconnect": "close", "at": "before_record"},
+        PAYING,
+        {"ambiguous": 1},
+        0,
+        "",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("fault", "rule", "outcomes", "recorded", "reason"),
+    [row[1:] for row in TABLE],
+    ids=[row[0] for row in TABLE],
+)
+async def test_the_delivery_table(
+    delivery: Delivery,
+    fault: dict[str, object],
+    rule: str,
+    outcomes: dict[str, int],
+    recorded: int,
+    reason: str,
+) -> None:
+    delivery.sandbox.fail_next(1, **fault)  # type: ignore[arg-type]  # the fault's own keywords
+    async with delivery.forwarder():
+        await delivery.send("e", rule)
+        assert await delivery.settled() == outcomes
+    assert len(delivery.sandbox.events) == recorded
+    for dead in await delivery.bench.dead():
+        assert reason in (dead["reason"], "")
+
+
+async def test_an_upstream_that_is_not_there_costs_no_event(delivery: Delivery) -> None:
+    nowhere = Voucherify(
+        base_url="http://127.0.0.1:9",  # discard: nothing listens
+        application_id="a",
+        token="t",
+        origin="https://shop.example",
+    )
+    up, delivery.upstream = delivery.upstream, nowhere
+    async with delivery.forwarder():
+        await delivery.send("e", PAYING)
+
+        async def tried() -> bool:
+            return (await delivery.bench.gauges())["delayed"] == "1"
+
+        await eventually(tried)
+    delivery.upstream = up
+    async with delivery.forwarder():
+        assert await delivery.settled() == {"delivered": 1}
+    await nowhere.aclose()
+
+
+async def test_a_429_is_obeyed_by_all_and_spends_no_attempt(delivery: Delivery) -> None:
+    delivery.sandbox.expect("429")
+    delivery.sandbox.fail_next(1, status=429, headers={"Retry-After": "2"})
+    await delivery.send("e", PAYING)
+    async with delivery.forwarder(concurrency=1):
+
+        async def waits() -> bool:
+            return (await delivery.bench.gauges())["delayed"] == "1"
+
+        await eventually(waits)
+        pause = await delivery.bench.client.pttl(
+            f"{delivery.bench.queue.prefix}:pause:all"
+        )
+        assert 1_000 < pause <= 2_000
+        assert await delivery.settled() == {"delivered": 1}
+
+
+@pytest.mark.parametrize(
+    ("fault", "hold"),
+    [
+        ({"status": 401}, "auth_hold"),
+        ({"status": 403}, "auth_hold"),
+        ({"status": 402}, "plan_hold"),
+        ({"status": 415}, "config_hold"),
+        (
+            {
+                "status": 429,
+                "headers": {
+                    "X-Rate-Limit-Type": "api_calls_cycle",
+                    "Retry-After": "5",
+                },
+            },
+            "plan_hold",
+        ),
+    ],
+    ids=["401", "403", "402", "415", "cycle"],
+)
+async def test_a_hold_keeps_the_event(
+    delivery: Delivery, fault: dict[str, object], hold: str
+) -> None:
+    delivery.sandbox.expect("429")
+    delivery.sandbox.fail_next(None, **fault)  # type: ignore[arg-type]  # the fault's own keywords
+    await delivery.send("e", PAYING)
+    async with delivery.forwarder():
+
+        async def held() -> bool:
+            gauges = await delivery.bench.gauges()
+            return gauges["hold"] == hold and gauges["delayed"] == "1"
+
+        await eventually(held)
+    delivery.sandbox.clear_faults()
+    # What the hold's own time would bring, at once.
+    await delivery.bench.client.hset(
+        f"{delivery.bench.queue.prefix}:flow", "probe_at_ms", 0
+    )
+    async with delivery.forwarder():
+        assert await delivery.settled() == {"delivered": 1}
+    assert (await delivery.bench.gauges())["hold"] == ""
+
+
+async def test_a_dead_letter_tells_what_voucherify_said(delivery: Delivery) -> None:
+    async with delivery.forwarder():
+        body = {"event": "e", "customer": {"id": "registered_10055"}}
+        await delivery.bench.take(event("x", name="e", body=json.dumps(body)))
+        assert await delivery.settled() == {"rejected": 1}
+    [dead] = await delivery.bench.dead()
+    said = json.loads(dead["error"])
+    assert (dead["status"], dead["reason"]) == ("404", "not_found")
+    assert said["key"] == "not_found"
+    assert said["request_id"].startswith("v-")
+
+
+async def test_an_event_that_is_too_old_expires_instead_of_retrying(
+    delivery: Delivery,
+) -> None:
+    delivery.sandbox.fail_next(None, status=503)
+    async with delivery.forwarder():
+        await delivery.send("e", ttl_ms=500)
+        assert await delivery.settled() == {"expired": 1}
+
+
+class Stuck:
+    """An upstream whose answer comes when the test says so."""
+
+    def __init__(self, inner: Voucherify) -> None:
+        self.inner = inner
+        self.entered = asyncio.Event()
+        self.go = asyncio.Event()
+
+    async def send(self, body: bytes) -> Answer:
+        self.entered.set()
+        await self.go.wait()
+        return await self.inner.send(body)
+
+
+async def test_a_stop_finishes_what_is_in_flight_and_claims_no_more(
+    delivery: Delivery,
+) -> None:
+    stuck = Stuck(delivery.upstream)
+    await delivery.send("in-flight")
+    async with delivery.forwarder(upstream=stuck, concurrency=1) as forwarder:
+        await stuck.entered.wait()
+        await delivery.send("waiting")
+        forwarder.stop()
+        stuck.go.set()
+    assert delivery.sandbox.event_names() == ["in-flight"]
+    assert (await delivery.bench.gauges())["queued"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("rule", "outcome"),
+    [(PLAIN, {}), (PAYING, {"ambiguous": 1})],
+    ids=["plain", "paying"],
+)
+async def test_a_drain_that_takes_too_long_follows_the_rule(
+    delivery: Delivery, rule: str, outcome: dict[str, int]
+) -> None:
+    stuck = Stuck(delivery.upstream)
+    await delivery.send("e", rule)
+    async with delivery.forwarder(upstream=stuck, drain_timeout_s=0.05) as forwarder:
+        await stuck.entered.wait()
+        forwarder.stop()
+    assert await delivery.outcomes() == outcome
+    gauges = await delivery.bench.gauges()
+    assert (gauges["in_flight"], gauges["delayed"]) == ("0", "0" if outcome else "1")
+
+
+class Broken:
+    """An upstream with a fault of our own making in it."""
+
+    async def send(self, body: bytes) -> Answer:
+        raise ZeroDivisionError(len(body))
+
+
+async def test_a_bug_in_delivery_loses_nothing_and_pays_nothing_twice(
+    delivery: Delivery,
+) -> None:
+    await delivery.send("plain")
+    await delivery.send("paying", PAYING)
+    async with delivery.forwarder(upstream=Broken()):
+
+        async def handled() -> bool:
+            return (await delivery.bench.gauges())["queued"] == "0" and (
+                await delivery.outcomes() == {"ambiguous": 1}
+            )
+
+        await eventually(handled)
+    async with delivery.forwarder():
+        assert await delivery.settled() == {"delivered": 1, "ambiguous": 1}
+    assert delivery.sandbox.event_names() == ["plain"]
+
+
+async def test_the_shared_budget_paces_two_forwarders(
+    delivery: Delivery, valkey_url: str, prefix: str
+) -> None:
+    delivery.sandbox.configure(client_limit=5, client_limit_seconds=1.0)
+    paced = [
+        Queue(url=valkey_url, prefix=prefix, budget=parse_budget("4/1s"), timeout=5.0)
+        for _ in range(2)
+    ]
+    for n in range(14):
+        await delivery.send(f"e{n}")
+    async with (
+        delivery.forwarder(queue=paced[0]),
+        delivery.forwarder(queue=paced[1]),
+    ):
+        assert await delivery.settled() == {"delivered": 14}
+    at = sorted(r.received_at for r in delivery.sandbox.events)
+    assert all(later - first >= 1.0 for first, later in zip(at, at[4:], strict=False))
+    for queue in paced:
+        await queue.aclose()
