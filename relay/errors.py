@@ -4,7 +4,9 @@ RelayError
   SettingsError           exit 2  a wrong or missing setting; names each and its cure
   EmbeddedError           exit 1  the private Redis server cannot be had
   QueueUnavailable        503     raised by queue.py when Redis is away or full
-  UpstreamError                   raised by voucherify.py, caught by forwarder.py
+
+Not exceptions: what Voucherify answers is a value (voucherify.Answer), and a
+sender's mistake is one (events.Invalid, caught where it is raised: edge.py).
 """
 
 

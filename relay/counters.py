@@ -1,0 +1,80 @@
+"""What the operator sees: totals, gauges and windows, as Redis holds them.
+
+Only reads. The scripts write these hashes, so every process shows the same figures.
+"""
+
+from datetime import UTC, datetime, timedelta
+
+from relay.outcomes import Outcome
+from relay.queue import Queue
+
+GAUGES = (
+    "queued",
+    "in_flight",
+    "delayed",
+    "dead",
+    "spooled",
+    "unaccounted",
+    "oldest_age_ms",
+    "eta_s",
+    "budget_per_s",
+    "hold",
+    "updated_at_ms",
+)
+
+
+async def stats(queue: Queue, *, minutes: int = 5) -> dict[str, object]:
+    """Totals since ever, the gauges, the hold if there is one, and the last minutes.
+
+    `{"totals": {…}, "gauges": {…}, "hold": {…} | null, "minutes": {"<stamp>": {…}}}`,
+    counts as numbers, times in the unit of the field's name.
+    """
+    totals = await queue.hash("totals")
+    gauges = await queue.hash("gauges")
+    flow = await queue.hash("flow")
+    now = await queue.now()
+    last = [f"{now - timedelta(minutes=n):%Y%m%d%H%M}" for n in range(minutes)]
+    return {
+        "totals": {
+            name: int(totals.get(name, 0))
+            for name in ("received", *(str(outcome) for outcome in Outcome))
+        },
+        "gauges": {name: _number(gauges.get(name, "")) for name in GAUGES},
+        "hold": _hold(flow),
+        "minutes": {
+            stamp: {
+                name: int(value)
+                for name, value in sorted((await queue.hash(f"minute:{stamp}")).items())
+            }
+            for stamp in last
+        },
+    }
+
+
+def _hold(flow: dict[str, str]) -> dict[str, object] | None:
+    if "hold" not in flow:
+        return None
+    return {
+        "hold": flow["hold"],
+        "reason": flow.get("hold_reason", ""),
+        "since": _time(flow.get("since_ms")),
+        "next_probe": _time(flow.get("probe_at_ms")),
+    }
+
+
+def _time(ms: str | None) -> str | None:
+    if not ms:
+        return None
+    return datetime.fromtimestamp(int(ms) / 1000, UTC).isoformat(timespec="seconds")
+
+
+def _number(text: str) -> int | float | str | None:
+    """A gauge as a number; `hold` is text, and what was never written is None."""
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        return text or None

@@ -1,0 +1,128 @@
+"""`relay demo`: the real relay with everything around it, on one machine.
+
+A private Valkey in a temporary directory, a sandbox cluster in Voucherify's place,
+and a plain page of a shop on an origin of its own. Nothing is kept when it ends.
+"""
+
+import asyncio
+import socket
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from importlib.resources import files
+from pathlib import Path
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import HTMLResponse
+from starlette.routing import Route
+
+from relay.app import App
+from relay.assembly import QuietServer, Station, bind
+from relay.embedded import EmbeddedServer
+from relay.errors import RelayError
+from relay.sandbox.app import Sandbox
+from relay.sandbox.server import serve_sandbox
+from relay.serving import AnnouncingServer, server_config
+from relay.settings import Role, Settings, load_settings
+
+HOST = "127.0.0.1"
+RELAY_PORT, SANDBOX_PORT, SHOP_PORT, OPS_PORT = 8000, 8001, 8002, 9000
+
+EVENT = '{"event":"cart_abandoned","customer":{"source_id":"u1"}}'
+
+
+def run_demo(say: Callable[[str], None]) -> None:
+    """Run until a signal; `say` gets the lines for the person in front of it."""
+    with (
+        tempfile.TemporaryDirectory(prefix="relay-demo-") as place,
+        EmbeddedServer(data_dir=Path(place) / "data") as server,
+    ):
+        asyncio.run(_demo(server.url, say))
+    say("The demo has ended; nothing of it is left.")
+
+
+async def _demo(redis_url: str, say: Callable[[str], None]) -> None:
+    relay, shop, ops = _free(RELAY_PORT), _free(SHOP_PORT), _free(OPS_PORT)
+    relay_url, shop_url = _url(relay), _url(shop)
+    sandbox = Sandbox()
+    probe = _free(SANDBOX_PORT)
+    sandbox_port = probe.getsockname()[1]
+    probe.close()
+    async with (
+        serve_sandbox(sandbox=sandbox, host=HOST, port=sandbox_port) as running,
+        _serve(_shop(f"{relay_url}/track"), shop),
+    ):
+        settings = _settings(sandbox, running.url, shop_url)
+        station = Station(settings, redis_url=redis_url, forward=True, ops_socket=ops)
+
+        def announce() -> None:
+            for line in _lines(relay_url, running.url, shop_url, _url(ops)):
+                say(line)
+
+        server = AnnouncingServer(server_config(App(station)), announce)
+        await server.serve(sockets=[relay])
+
+
+def _settings(sandbox: Sandbox, url: str, shop: str) -> Settings:
+    # Nothing of the person's own settings: a demo must not send to a real project.
+    return load_settings(
+        Role.SERVE,
+        {"RELAY_ENV_FILE": "/dev/null", "HOME": "/nonexistent"},
+        cluster=url,
+        client_application_id=sandbox.config.application_id,
+        client_token=sandbox.config.client_token,
+        origin="https://shop.example",
+        allowed_origins=f"{shop} {shop.replace(HOST, 'localhost')}",
+    )
+
+
+def _lines(relay: str, sandbox: str, shop: str, ops: str) -> list[str]:
+    return [
+        "",
+        "The demo is ready. Ctrl-C ends it.",
+        f"  A shop's page with buttons       {shop}",
+        f"  The relay takes beacons on       {relay}/track  ({ops}/readyz)",
+        f"  What Voucherify would receive    {sandbox}",
+        "",
+        "Or send one yourself and look at the last page:",
+        f"  curl -X POST -H 'Origin: {shop}' -H 'Content-Type: text/plain' "
+        f"--data '{EVENT}' {relay}/track",
+        "",
+    ]
+
+
+def _shop(track_url: str) -> Starlette:
+    page = (files("relay") / "static" / "demo.html").read_text("utf-8")
+
+    async def home(_: Request) -> HTMLResponse:
+        return HTMLResponse(page.replace("{{track_url}}", track_url))
+
+    return Starlette(routes=[Route("/", home)])
+
+
+@asynccontextmanager
+async def _serve(app: Starlette, sock: socket.socket) -> AsyncIterator[None]:
+    server = QuietServer(
+        uvicorn.Config(app, lifespan="off", access_log=False, log_config=None)
+    )
+    serving = asyncio.create_task(server.serve(sockets=[sock]))
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        await serving
+
+
+def _free(port: int) -> socket.socket:
+    """The usual port, or any other when something listens there already."""
+    try:
+        return bind(HOST, port)
+    except RelayError:
+        return bind(HOST, 0)
+
+
+def _url(sock: socket.socket) -> str:
+    host, port = sock.getsockname()[:2]
+    return f"http://{host}:{port}"

@@ -1,0 +1,278 @@
+"""The hot route as a plain ASGI callable: read, decide, admit, answer.
+
+The decision is `edge.py`'s; this is the adapter between it, ASGI and the queue. It
+keeps to one future a request and nothing else: a Starlette route and its middleware
+would cost more than the whole admission.
+
+An answer never leaves an unread body behind it: what is refused early is read to its
+end within the same time and a bound, or the connection closes. It does not limit the
+size of headers or the time they take; a proxy in front does.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
+
+import structlog
+from starlette.types import Receive, Scope, Send
+
+from relay.admission import Admission
+from relay.edge import MAX_BODY_BYTES, Edge, Fate, Head, Response
+from relay.edge import Admission as Admitted
+from relay.errors import QueueUnavailable
+from relay.limits import Limit
+from relay.outcomes import Outcome
+from relay.queue import DUPLICATE, LIMITED, NO_ROOM, QUEUED, Reply
+
+BODY_TIMEOUT_S = 10.0  # for a whole body of at most 64 KiB
+MAX_WAITERS = 100  # answers held back at once by `Prefer: wait`
+# Voucherify's client API takes 5 calls in 5 s from one address ("Limits"), so more
+# events than this would not all be delivered within the longest wait anyway.
+MAX_WAITED_EVENTS = 20
+LAST_LOOK_S = 0.01  # for an outcome when the time is up
+# What is read of a body that is refused: to close on a sender who still sends makes a
+# reset of the answer, and its page sees a network failure without a reason.
+MAX_DISCARDED_BYTES = 1024 * 1024
+
+log = structlog.get_logger()
+
+_CLOSE = (b"connection", b"close")
+_QUEUED = Fate(status="queued")
+_DUPLICATE = Fate(status="duplicate")
+_NO_ROOM = Fate(
+    status="unavailable",
+    reason="queue_full",
+    detail="The queue is full: try again in a while.",
+    retry_after=30,
+)
+
+
+class Outcomes(Protocol):
+    """The part of the queue that `Prefer: wait` needs."""
+
+    async def expect(self, event_id: str, seconds: int) -> None: ...
+
+    async def outcome(
+        self, event_id: str, seconds: float
+    ) -> dict[str, object] | None: ...
+
+
+class Track:
+    """`POST` and `OPTIONS` of the track path."""
+
+    def __init__(
+        self,
+        *,
+        edge: Edge,
+        admission: Admission,
+        outcomes: Outcomes,
+        limits: Sequence[Limit],
+        body_timeout_s: float = BODY_TIMEOUT_S,
+        max_waiters: int = MAX_WAITERS,
+    ) -> None:
+        self._edge = edge
+        self._admission = admission
+        self._outcomes = outcomes
+        self._limits = tuple(limits)
+        self._body_timeout_s = body_timeout_s
+        self._max_waiters = max_waiters
+        self._waiters = 0
+        # One at a time: the queue's connections for such things are few, and the
+        # forwarder's calls go through the same ones.
+        self._expecting = asyncio.Lock()
+        self.draining = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        head: Head | None = None
+        try:
+            client = scope.get("client")
+            judged = self._edge.head(
+                scope["method"], scope["headers"], client[0] if client else None
+            )
+            if isinstance(judged, Head):
+                head = judged
+                body = await self._read(head, receive)
+                if body is None:
+                    return  # the sender is gone
+                response = (
+                    body if isinstance(body, Response) else await self._take(head, body)
+                )
+            else:
+                response = await self._refuse(judged, scope, receive)
+        except Exception:
+            # The top of the loop: our bug must not take the connection down unseen.
+            log.exception("track.failed")
+            response = self._edge.failed(head)
+        for refusal in response.refusals:
+            self._admission.refuse(*refusal)
+        headers = response.headers
+        if response.status != 204:  # which has no such field: RFC 9110, 8.6
+            headers.append((b"content-length", b"%d" % len(response.body)))
+        await send(
+            {
+                "type": "http.response.start",
+                "status": response.status,
+                "headers": headers,
+            }
+        )
+        await send({"type": "http.response.body", "body": response.body})
+
+    async def _read(self, head: Head, receive: Receive) -> bytes | Response | None:
+        """The body, or the answer to one that is too large or too slow."""
+        try:
+            async with asyncio.timeout(self._body_timeout_s):
+                message = await receive()
+                if message["type"] != "http.request":
+                    return None
+                body: bytes | None = message.get("body", b"")
+                ended = not message.get("more_body")
+                if not ended:
+                    body, ended = await self._read_rest(receive, body or b"")
+        except TimeoutError:
+            return self._edge.too_slow(head)
+        if body is None or not _over(len(body)):
+            return body
+        response = self._edge.too_large(head)
+        if not ended and not await self._discard(receive, len(body)):
+            response.headers.append(_CLOSE)
+        return response
+
+    async def _read_rest(
+        self, receive: Receive, first: bytes
+    ) -> tuple[bytes | None, bool]:
+        """The body and whether it has ended, which it need not when it is over."""
+        chunks, size = [first], len(first)
+        while not _over(size):
+            message = await receive()
+            if message["type"] != "http.request":
+                return None, True
+            chunks.append(message.get("body", b""))
+            size += len(chunks[-1])
+            if not message.get("more_body"):
+                return b"".join(chunks), True
+        return b"".join(chunks), False
+
+    async def _refuse(
+        self, response: Response, scope: Scope, receive: Receive
+    ) -> Response:
+        """Bring a request that its headers condemn to its end, or close after it.
+
+        Else what comes next on the connection could not be told from the rest of the
+        body (RFC 9112, 9.3), and a body that never ends would keep it open.
+        """
+        if not _worth_reading(scope["headers"]) or not await self._discard(receive, 0):
+            response.headers.append(_CLOSE)
+        return response
+
+    async def _discard(self, receive: Receive, size: int) -> bool:
+        """Read on without keeping anything; whether the body came to its end."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._body_timeout_s):
+                while size <= MAX_DISCARDED_BYTES:
+                    message = await receive()
+                    size += len(message.get("body", b""))
+                    if not message.get("more_body"):
+                        return True
+        return False
+
+    async def _take(self, head: Head, body: bytes) -> Response:
+        admitted = self._edge.body(head, body)
+        if isinstance(admitted, Response):
+            return admitted
+        if self.draining:
+            return self._edge.unavailable(
+                admitted, "draining", "This relay is stopping: try again.", 1
+            )
+        try:
+            if head.wait_s and self._may_wait(admitted):
+                reply, fates = await self._submit_and_wait(admitted)
+            else:
+                head.wait_s = 0
+                reply = await self._admission.submit(admitted.request)
+                fates = [self._fate(*pair) for pair in _pairs(reply)]
+        except QueueUnavailable as error:
+            # Redis is away: 503 keeps the event with its sender, who repeats it
+            # under the same id; refusing for good would lose the sale.
+            return self._edge.unavailable(
+                admitted, error.reason, error.detail, error.retry_after
+            )
+        return self._edge.answer(
+            admitted, fates, (reply.dimension, reply.remaining, reply.reset_us)
+        )
+
+    def _fate(self, code: int, wait_us: int) -> Fate:
+        if code == QUEUED:
+            return _QUEUED
+        if code == DUPLICATE:
+            return _DUPLICATE
+        if code == NO_ROOM:
+            return _NO_ROOM
+        dimension = self._limits[code - LIMITED].dimension
+        seconds = max(1, -(-wait_us // 1_000_000))
+        return Fate(
+            status=str(Outcome.RATE_LIMITED),
+            reason=f"rate_limited_{dimension}",
+            detail=f"Too many events for this {_OF[dimension]}: "
+            f"try again in {seconds} s.",
+            retry_after=seconds,
+        )
+
+    def _may_wait(self, admitted: Admitted) -> bool:
+        few = len(admitted.events) <= MAX_WAITED_EVENTS
+        return few and self._waiters < self._max_waiters
+
+    async def _submit_and_wait(self, admitted: Admitted) -> tuple[Reply, list[Fate]]:
+        """Take events in as always, and hold the answer for `Prefer: wait`."""
+        until = asyncio.get_running_loop().time() + admitted.head.wait_s
+        self._waiters += 1
+        try:
+            with contextlib.suppress(TimeoutError):  # then the answer tells none
+                async with asyncio.timeout_at(until), self._expecting:
+                    for event in admitted.events:
+                        await self._outcomes.expect(event[0], admitted.head.wait_s)
+            reply = await self._admission.submit(admitted.request)
+            fates = [self._fate(*pair) for pair in _pairs(reply)]
+            return reply, await self._await_outcomes(admitted, fates, until)
+        finally:
+            self._waiters -= 1
+
+    async def _await_outcomes(
+        self, admitted: Admitted, fates: list[Fate], until: float
+    ) -> list[Fate]:
+        """Hold the answer until the outcomes are known, or the time is up."""
+        loop = asyncio.get_running_loop()
+        told = list(fates)
+        try:
+            for place, event in enumerate(admitted.events):
+                if fates[place] is _QUEUED:
+                    # Of those behind a slow one too: what is known by now is told.
+                    left = max(until - loop.time(), LAST_LOOK_S)
+                    outcome = await self._outcomes.outcome(event[0], left)
+                    told[place] = Fate(status="queued", outcome=outcome)
+        except (QueueUnavailable, asyncio.CancelledError) as error:
+            # Redis went away, or the server stops and cancels what is left. The
+            # events are in the queue all the same, and their sender must hear it.
+            log.warning("track.wait_ended", error=type(error).__name__)
+        return told
+
+
+_OF = {"ip": "address", "customer": "customer", "site": "site"}
+
+
+def _worth_reading(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    """Whether the rest of a refused request may be short, and comes unasked."""
+    for name, value in headers:
+        if name == b"expect":  # 100-continue: the sender waits to be asked
+            return False
+        if name == b"content-length" and value.isdigit():
+            return int(value[:19]) <= MAX_DISCARDED_BYTES
+    return True
+
+
+def _over(size: int) -> bool:
+    return size > MAX_BODY_BYTES
+
+
+def _pairs(reply: Reply) -> Iterator[tuple[int, int]]:
+    return zip(reply.codes[::2], reply.codes[1::2], strict=True)

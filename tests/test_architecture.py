@@ -1,0 +1,91 @@
+"""Imports point down the ladder that docs/architecture.md draws."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "relay"
+
+# Top to bottom. A module may import only from rows below its own.
+LAYERS = [
+    {"__main__"},
+    {"cli"},
+    {"demo"},
+    {"serving"},
+    {"app", "worker", "sandbox"},
+    {"assembly"},
+    {"settings"},  # above everything it configures: only the roots can read it
+    {"endpoints", "ops", "counters"},
+    {"admission", "forwarder"},
+    {"queue", "voucherify", "embedded", "edge"},
+    {"events", "limits", "origins", "retry"},
+    {"addresses"},
+    {"errors", "outcomes", "logs"},
+]
+LEVEL = {name: depth for depth, row in enumerate(LAYERS) for name in row}
+
+# Sans-I/O: bytes and values in, values out.
+PURE = {
+    "addresses",
+    "edge",
+    "events",
+    "limits",
+    "origins",
+    "retry",
+    "errors",
+    "outcomes",
+}
+IO_LIBRARIES = {
+    "aiohttp",
+    "anyio",
+    "asyncio",
+    "httpx",
+    "os",
+    "redis",
+    "socket",
+    "starlette",
+    "uvicorn",
+}
+
+MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py")
+
+
+def unit(path: Path) -> str:
+    """The flat module, or the subpackage, that `path` belongs to."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imports(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module == "relay":
+            names.update(f"relay.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return names
+
+
+def internal(path: Path) -> set[str]:
+    used = {n.split(".")[1] for n in imports(path) if n.startswith("relay.")}
+    return used - {unit(path), "__version__"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_down(path: Path) -> None:
+    level = LEVEL[unit(path)]  # KeyError: a new module needs a place in LAYERS
+    assert {name for name in internal(path) if LEVEL[name] <= level} == set()
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_pure_modules_do_no_io(path: Path) -> None:
+    if unit(path) in PURE:
+        assert {n.split(".")[0] for n in imports(path)} & IO_LIBRARIES == set()
+
+
+def test_the_sandbox_is_a_twin_not_a_copy() -> None:
+    """It reads the published schema with its own eyes, not with the relay's."""
+    for path in (PACKAGE / "sandbox").glob("*.py"):
+        assert internal(path) <= {"errors", "outcomes", "sandbox"}, path
