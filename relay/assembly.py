@@ -6,11 +6,11 @@ one, the ops listener, and the housekeeping that keeps the gauges fresh.
 
 import asyncio
 import contextlib
-import os
 import socket
 from collections.abc import AsyncIterator, Generator
 from contextlib import asynccontextmanager
 from hashlib import sha256
+from secrets import token_hex
 
 import structlog
 import uvicorn
@@ -90,7 +90,8 @@ class Station:
             )
         self._ops_socket = ops_socket
         self._fit: str | None = None  # why this Redis may not be used
-        self._seq = 0
+        # A name nobody had before: a slot refuses numbers that it has seen.
+        self._slot, self._seq = f"ready-{token_hex(6)}", 0
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -128,7 +129,7 @@ class Station:
             return "draining: this relay is stopping"
         # An empty commit meets everything that a real one would: memory, disk, role.
         self._seq += 1
-        await self.queue.commit(f"ready-{os.getpid()}", self._seq, [], [])
+        await self.queue.commit(self._slot, self._seq, [], [])
         return "ok"
 
     async def _queue_check(self) -> str:

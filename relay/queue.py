@@ -280,14 +280,23 @@ class Queue:
             )
 
     async def outcome(self, event_id: str, seconds: float) -> dict[str, object] | None:
-        """Wait for an expected outcome; None when it is not known by then."""
+        """Wait for an expected outcome; None when it is not known by then.
+
+        `{"outcome", "reason"?, "upstream_status"?, "error"?: {"key"?, "message"?,
+        "details"?, "request_id"?}}`
+        """
         key = f"{self.prefix}:wait:{event_id}:outcome"
         with _translated():
             told = await cast(
                 "Awaitable[list[bytes] | None]",
                 self._patient.blpop([key], timeout=seconds),
             )
-        return msgspec.json.decode(told[1], type=dict[str, object]) if told else None
+        if told is None:
+            return None
+        outcome = msgspec.json.decode(told[1], type=dict[str, object])
+        if error := outcome.get("error"):  # Voucherify's words, packed as JSON
+            outcome["error"] = msgspec.json.decode(str(error))
+        return outcome
 
     async def ping(self) -> None:
         """Fail if Redis does not answer."""

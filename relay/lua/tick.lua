@@ -144,10 +144,11 @@ local function read(lane)
 end
 
 -- A due retry enters its stream only now, so that stream holds nothing but events
--- in flight and its order is the delayed set's.
+-- in flight and its order is the delayed set's. With none due it is read all the
+-- same: a script that failed half way may have left one behind there.
 local function read_due()
   local due = call('ZRANGE', P .. ':delayed', '-inf', now_ms, 'BYSCORE', 'LIMIT', 0, 1)
-  if #due == 0 then return nil end
+  if #due == 0 then return read('retry') end
   local d = cmsgpack.unpack(due[1])
   call('ZREM', P .. ':delayed', due[1])
   call('XADD', stream('retry'), '*', 'e', d[1], 'r', d[2], 'a', d[3], 's', d[4])
