@@ -138,6 +138,7 @@ class Admission:
         except Exception as error:
             # A fault of the script or of ours: each request answers for itself.
             log.exception("admission.failed")
+            self._refused.update(refused)  # written last, so certainly not counted
             for _, future in batch:
                 _set(future, error)
         else:

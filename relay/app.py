@@ -60,7 +60,10 @@ class App:
     async def _http_error(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)  # noqa: S101  # as registered above
         said = self._edge.elsewhere(
-            request.scope["headers"], error.status_code, str(error.detail)
+            request.scope["headers"],
+            error.status_code,
+            str(error.detail),
+            request.client.host if request.client else None,
         )
         response = Response(said.body, said.status)
         response.raw_headers = [

@@ -102,8 +102,9 @@ class Track:
                 response = await self._refuse(judged, scope, receive)
         except Exception:
             # The top of the loop: our bug must not take the connection down unseen.
-            log.exception("track.failed")
             response = self._edge.failed(head)
+            request_id = dict(response.headers)[b"x-request-id"]
+            log.exception("track.failed", request_id=request_id.decode())
         for refusal in response.refusals:
             self._admission.refuse(*refusal)
         headers = response.headers
@@ -262,12 +263,11 @@ _OF = {"ip": "address", "customer": "customer", "site": "site"}
 
 def _worth_reading(headers: Iterable[tuple[bytes, bytes]]) -> bool:
     """Whether the rest of a refused request may be short, and comes unasked."""
-    for name, value in headers:
-        if name == b"expect":  # 100-continue: the sender waits to be asked
-            return False
-        if name == b"content-length" and value.isdigit():
-            return int(value[:19]) <= MAX_DISCARDED_BYTES
-    return True
+    named = dict(headers)
+    if b"expect" in named:  # 100-continue: the sender waits to be asked
+        return False
+    length = named.get(b"content-length", b"")
+    return not length.isdigit() or int(length[:19]) <= MAX_DISCARDED_BYTES
 
 
 def _over(size: int) -> bool:

@@ -11,7 +11,7 @@ an error inside a script is our bug and passes through.
 import socket
 import time
 from collections.abc import Awaitable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from hashlib import sha1
 from importlib.resources import files
@@ -295,7 +295,8 @@ class Queue:
             return None
         outcome = msgspec.json.decode(told[1], type=dict[str, object])
         if error := outcome.get("error"):  # Voucherify's words, packed as JSON
-            outcome["error"] = msgspec.json.decode(str(error))
+            with suppress(msgspec.DecodeError):
+                outcome["error"] = msgspec.json.decode(str(error))
         return outcome
 
     async def ping(self) -> None:

@@ -87,7 +87,8 @@ class Role(StrEnum):
 
 REQUIRED = {
     Role.SERVE: ("allowed_origins", "client_application_id", "client_token", "origin"),
-    Role.EDGE: ("allowed_origins",),
+    # The token keys the digests that limits count by: all relays must share it.
+    Role.EDGE: ("allowed_origins", "client_token"),
     Role.WORKER: ("client_application_id", "client_token", "origin"),
     Role.READ: (),
 }

@@ -79,6 +79,17 @@ async def test_a_senders_id_counts_once_and_ours_are_never_compared(make: Make) 
     assert await bench.totals() == {"received": 5, "duplicate": 2}
 
 
+async def test_an_id_that_we_made_is_known_when_its_sender_repeats_it(
+    make: Make,
+) -> None:
+    bench = await make()
+    made = event()
+    assert await bench.codes(made) == [QUEUED]
+    assert await bench.codes(event(made[0])) == [DUPLICATE]
+    key = f"{bench.queue.prefix}:seen:{made[0]}"
+    assert 0 < await bench.client.pttl(key) <= 120_000
+
+
 async def test_a_limit_admits_its_burst_then_its_rate(make: Make) -> None:
     bench = await make(limits="ip=60/1m burst 3")
     assert await bench.codes(*(event() for _ in range(4))) == [QUEUED] * 3 + [LIMITED]

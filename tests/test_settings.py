@@ -388,7 +388,11 @@ def test_a_setting_of_a_later_version_says_so(name: str) -> None:
 
 
 def test_what_is_allowed_but_doubtful_is_a_warning() -> None:
-    doubtful = {"RELAY_ALLOWED_ORIGINS": "*", "RELAY_UDS": "/run/relay.sock"}
+    doubtful = {
+        "RELAY_ALLOWED_ORIGINS": "*",
+        "RELAY_CLIENT_TOKEN": "t",
+        "RELAY_UDS": "/run/relay.sock",
+    }
     anyone, socket = load_settings(Role.EDGE, doubtful).warnings
     assert anyone.startswith("RELAY_ALLOWED_ORIGINS: ")
     assert socket.startswith("RELAY_TRUSTED_PROXIES: ")

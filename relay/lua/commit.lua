@@ -14,6 +14,7 @@
 -- Reply packed {{dimension, remaining, reset_us, {code, wait_us...}}...}, one for
 --       each request: the tightest limit (-1: none), and for each event 0 queued,
 --       1 duplicate, 2 no room, 3+d over limit d (from 0). "STALE" for a straggler.
+local MADE_ID_MS = 120000  -- how long an id of the relay's own making is known
 local RATE_CLAMP_US = 5000000  -- a clock that stepped back blocks nobody for longer
 
 local slot, seq = P .. ':commit:' .. ARGV[1], tonumber(ARGV[2])
@@ -77,8 +78,12 @@ local function admit(request_ip, event)
     count_event(name, 'rate_limited', 1)
     return 2 + refuser, wait
   end
-  -- Only a sender's own id can come twice: ours are made once.
-  if given and not call('SET', P .. ':seen:' .. id, '', 'PX', settings[2], 'NX') then
+  local seen = P .. ':seen:' .. id
+  if not given then
+    -- Made once, so never a duplicate itself; but after a 503 whose result nobody
+    -- knew, its sender may repeat it under the id that the answer told.
+    call('SET', seen, '', 'PX', MADE_ID_MS)
+  elseif not call('SET', seen, '', 'PX', settings[2], 'NX') then
     count('duplicate', 1)
     count_event(name, 'duplicate', 1)
     return 1, 0

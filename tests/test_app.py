@@ -1,0 +1,221 @@
+"""The public application: its one path, and everything that is not it."""
+
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from typing import cast
+
+import httpx
+import pytest
+from starlette.types import Message, Scope
+from uvicorn._types import ASGIApplication
+
+from relay.app import App
+from relay.assembly import Station
+from relay.queue import Queue
+from relay.settings import Role, Settings, load_settings
+from tests.support import eventually, serve
+
+pytestmark = pytest.mark.anyio
+
+SHOP = "https://shop.example"
+EVENT = {"event": "e", "customer": {"source_id": "a"}, "id": "x-1"}
+NOWHERE = "redis://127.0.0.1:9/0"  # the discard port: nothing listens there
+
+Start = Callable[..., Awaitable[httpx.AsyncClient]]
+
+
+def settings(prefix: str, **more: str) -> Settings:
+    environ = {
+        "RELAY_ALLOWED_ORIGINS": SHOP,
+        "RELAY_CLIENT_APPLICATION_ID": "app-1",
+        "RELAY_CLIENT_TOKEN": "tok-1",
+        "RELAY_ORIGIN": "shop.example",
+        "RELAY_REDIS_PREFIX": prefix,
+        **more,
+    }
+    return load_settings(Role.EDGE, environ)
+
+
+@pytest.fixture
+async def start(valkey_url: str, prefix: str) -> AsyncIterator[Start]:
+    async with AsyncExitStack() as stack:
+
+        async def begin(
+            redis_url: str = valkey_url, **variables: str
+        ) -> httpx.AsyncClient:
+            app = make_app(redis_url, prefix, **variables)
+            url = await stack.enter_async_context(
+                serve(cast("ASGIApplication", app), proxy_headers=False)
+            )
+            if redis_url == valkey_url:  # housekeeping has had its first turn
+                await eventually(lambda: gauges(valkey_url, prefix))
+            return await stack.enter_async_context(
+                httpx.AsyncClient(base_url=url, headers={"origin": SHOP}, timeout=20)
+            )
+
+        yield begin
+
+
+def make_app(redis_url: str, prefix: str, **variables: str) -> App:
+    made = settings(prefix, RELAY_REDIS_URL=redis_url, **variables)
+    return App(Station(made, redis_url=redis_url, forward=False))
+
+
+async def totals(url: str, prefix: str) -> dict[str, str]:
+    return await look(url, prefix, "totals")
+
+
+async def gauges(url: str, prefix: str) -> dict[str, str]:
+    return await look(url, prefix, "gauges")
+
+
+async def look(url: str, prefix: str, key: str) -> dict[str, str]:
+    queue = Queue(url=url, prefix=prefix)
+    try:
+        return await queue.hash(key)
+    finally:
+        await queue.aclose()
+
+
+def assert_nothing_here(response: httpx.Response) -> None:
+    said = response.json()
+    assert (response.status_code, said["status"], said["reason"]) == (404, 404, "path")
+    assert response.headers["content-type"] == "application/problem+json"
+    assert response.headers["access-control-allow-origin"] == SHOP
+    assert response.headers["vary"] == "Origin"
+    assert response.headers["x-request-id"]
+    assert not [name for name in response.headers if name.startswith("ratelimit")]
+
+
+async def test_an_event_is_taken_on_its_path(
+    start: Start, valkey_url: str, prefix: str
+) -> None:
+    client = await start()
+    response = await client.post("/track", json=EVENT)
+    assert response.status_code == 202
+    assert response.json() == {"events": [{"id": "x-1", "status": "queued"}]}
+    assert response.headers["ratelimit-policy"].startswith('"ip";q=60;w=30')
+    assert await totals(valkey_url, prefix) == {"received": "1"}
+
+
+async def test_a_query_does_not_change_the_path(start: Start) -> None:
+    client = await start()
+    assert (await client.post("/track?v=1", json=EVENT)).status_code == 202
+
+
+@pytest.mark.parametrize("method", ["POST", "GET", "OPTIONS", "PUT"])
+async def test_any_other_path_is_404_and_never_a_redirect(
+    start: Start, method: str
+) -> None:
+    client = await start()
+    for path in (
+        "/",
+        "/track/",
+        "//track",
+        "/Track",
+        "/track/x",
+        "/track%2F",
+        "/nothing",
+        "/%00",
+    ):
+        assert_nothing_here(await client.request(method, path))
+
+
+async def test_a_head_elsewhere_has_no_body(start: Start) -> None:
+    client = await start()
+    response = await client.head("/nothing")
+    assert (response.status_code, response.content) == (404, b"")
+
+
+async def test_a_404_is_not_readable_by_a_strange_page(start: Start) -> None:
+    client = await start()
+    response = await client.get("/", headers={"origin": "https://evil.example"})
+    assert response.status_code == 404
+    assert "access-control-allow-origin" not in response.headers
+
+
+async def test_the_path_is_the_operators_and_comes_after_the_prefix(
+    start: Start,
+) -> None:
+    client = await start(RELAY_TRACK_PATH="/e", RELAY_PATH_PREFIX="/relay")
+    assert (await client.post("/relay/e", json=EVENT)).status_code == 202
+    for path in (
+        "/e",
+        "/relay",
+        "/track",
+        "/relay/track",
+        "/relay/e/",
+        "/relay/relay/e",
+    ):
+        assert_nothing_here(await client.post(path, json=EVENT))
+
+
+async def test_other_methods_on_the_path_are_405(start: Start) -> None:
+    client = await start()
+    for method in ("GET", "HEAD", "PUT", "DELETE"):
+        response = await client.request(method, "/track")
+        assert response.status_code == 405
+        assert response.headers["allow"] == "POST, OPTIONS"
+
+
+async def test_a_preflight_is_answered(start: Start) -> None:
+    client = await start()
+    asked = {"access-control-request-method": "POST"}
+    response = await client.options("/track", headers=asked)
+    assert response.status_code == 204
+    assert response.headers["access-control-allow-origin"] == SHOP
+
+
+async def test_a_relay_that_starts_without_redis_answers_503(start: Start) -> None:
+    client = await start(redis_url=NOWHERE)
+    response = await client.post("/track", json=EVENT)
+    said = response.json()
+    assert (response.status_code, said["id"]) == (503, "x-1")
+    assert int(response.headers["retry-after"]) >= 1
+    assert_nothing_here(await client.get("/"))
+
+
+async def live(app: App, at_work: Callable[[], Awaitable[object]]) -> None:
+    """Take the application through its whole life; it ends once it is at work."""
+    said: list[str] = []
+    steps = iter(["lifespan.startup", "lifespan.shutdown"])
+
+    async def receive() -> Message:
+        if said:
+            await eventually(at_work)
+        return {"type": next(steps)}
+
+    async def send(message: Message) -> None:
+        said.append(message["type"])
+
+    await app({"type": "lifespan", "asgi": {"version": "3.0"}}, receive, send)
+    assert said == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
+
+
+async def test_a_request_that_comes_after_the_end_is_told_to_come_again(
+    valkey_url: str, prefix: str
+) -> None:
+    app = make_app(valkey_url, prefix)
+    answered: list[Message] = []
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": json.dumps(EVENT).encode()}
+
+    async def send(message: Message) -> None:
+        answered.append(message)
+
+    scope: Scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/track",
+        "headers": [(b"origin", SHOP.encode())],
+        "client": ("192.0.2.1", 1),
+    }
+    await live(app, lambda: gauges(valkey_url, prefix))
+    await app(scope, receive, send)
+    start, body = answered
+    said = json.loads(body["body"])
+    assert (start["status"], said["reason"], said["id"]) == (503, "draining", "x-1")
+    assert dict(start["headers"])[b"retry-after"] == b"1"
+    assert await totals(valkey_url, prefix) == {}
