@@ -24,7 +24,7 @@ from relay.queue import Refused, Reply, Request
 MAX_BATCH_EVENTS = 128  # beyond it a batch gains nothing and costs latency
 MAX_BATCH_BYTES = 256 * 1024
 IN_FLIGHT = 2  # one being answered while the next one gathers
-MAX_WAITING_EVENTS = 5_000
+MAX_WAITING_EVENTS, MAX_WAITING_BYTES = 5_000, 16 * 1024 * 1024
 DEADLINE_S = 2.0  # how long one commit is tried
 FIRST_PAUSE_S = 0.02
 BREAKER_FIRST_S, BREAKER_MAX_S = 0.5, 5.0
@@ -49,12 +49,14 @@ class Admission:
         self._queue = queue
         self._deadline_s = deadline_s
         self._waiting: deque[tuple[Request, asyncio.Future[Reply]]] = deque()
-        self._waiting_events = 0
+        self._waiting_events = self._waiting_bytes = 0
         self._refused: Counter[tuple[str, str, str]] = Counter()
         # A slot remembers its last reply in Redis, so each has one commit at a time.
         writer = token_hex(6)
         self._slots = [f"{writer}:{n}" for n in range(IN_FLIGHT)]
         self._seq = 0
+        # By slot: a commit that was given up without knowing whether it took effect.
+        self._unsure: dict[str, tuple[int, list[Refused]]] = {}
         self._scheduled = False
         self._running: set[asyncio.Task[None]] = set()
         self._open_until = 0.0
@@ -92,11 +94,15 @@ class Admission:
             raise QueueUnavailable(
                 "redis_unreachable", "The queue is away: try again soon."
             )
-        if self._waiting_events + len(request[1]) > MAX_WAITING_EVENTS:
+        if (
+            self._waiting_events + len(request[1]) > MAX_WAITING_EVENTS
+            or self._waiting_bytes > MAX_WAITING_BYTES
+        ):
             raise QueueUnavailable("overloaded", "Too much at once: try again soon.")
         future: asyncio.Future[Reply] = loop.create_future()
         self._waiting.append((request, future))
         self._waiting_events += len(request[1])
+        self._waiting_bytes += _size(request)
         if not self._scheduled and self._slots:
             # At the end of this turn of the loop: what was read together goes together.
             self._scheduled = True
@@ -105,7 +111,9 @@ class Admission:
 
     def _flush(self, *, final: bool = False) -> None:
         self._scheduled = False
-        while self._slots and (self._waiting or (final and self._refused)):
+        while self._slots and (
+            self._waiting or (final and (self._refused or self._unsure))
+        ):
             task = asyncio.create_task(self._commit(self._slots.pop(), self._batch()))
             self._running.add(task)
             task.add_done_callback(self._running.discard)
@@ -115,7 +123,7 @@ class Admission:
         events = size = 0
         while self._waiting:
             request = self._waiting[0][0]
-            grown = size + sum(len(event[7]) for event in request[1])
+            grown = size + _size(request)
             full = events + len(request[1]) > MAX_BATCH_EVENTS
             if batch and (full or grown > MAX_BATCH_BYTES):
                 break
@@ -123,6 +131,7 @@ class Admission:
             events += len(request[1])
             size = grown
         self._waiting_events -= events
+        self._waiting_bytes -= size
         return batch
 
     async def _commit(
@@ -137,10 +146,10 @@ class Admission:
             self._fail(batch, error)
         except Exception as error:
             # A fault of the script or of ours: each request answers for itself.
-            log.exception("admission.failed")
-            self._refused.update(refused)  # written last, so certainly not counted
             for _, future in batch:
                 _set(future, error)
+            self._refused.update(refused)  # written last, so certainly not counted
+            log.exception("admission.failed")
         else:
             self._open_s = BREAKER_FIRST_S
             for (_, future), reply in zip(batch, replies, strict=True):
@@ -159,20 +168,34 @@ class Admission:
         counts: list[Refused] = [(*kind, n) for kind, n in refused.items()]
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._deadline_s
-        unsure = False
+        sent = False
         while True:
             try:
+                await self._make_sure(slot)
+                sent = True
                 return await self._queue.commit(slot, seq, requests, counts)
             except QueueUnavailable as error:
-                unsure = unsure or error.reason == "redis_timeout"
                 hopeless = error.reason in ("redis_full", "redis_auth")
                 if hopeless or loop.time() + pause > deadline:
-                    if not unsure:  # certainly not counted yet
+                    if sent:
+                        self._unsure[slot] = (seq, counts)
+                    else:
                         self._refused.update(refused)
                     raise
                 log.warning("admission.commit_repeated", reason=error.reason)
             await asyncio.sleep(pause)
             pause = min(2 * pause, 0.25)
+
+    async def _make_sure(self, slot: str) -> None:
+        """Settle what became of a commit that was given up.
+
+        Its requests were told 503, so it is repeated without them: the same number
+        takes effect once, now or then, and the refusals it carried are counted once.
+        """
+        if slot in self._unsure:
+            seq, counts = self._unsure[slot]
+            await self._queue.commit(slot, seq, [], counts)
+            del self._unsure[slot]
 
     def _fail(
         self,
@@ -181,21 +204,26 @@ class Admission:
     ) -> None:
         """Redis stayed away: answer everyone who waits, and ask again in a while."""
         loop = asyncio.get_running_loop()
-        self._open_until = loop.time() + self._open_s
-        log.error("admission.unavailable", reason=error.reason, again_in_s=self._open_s)
-        self._open_s = min(2 * self._open_s, BREAKER_MAX_S)
+        again_in_s = self._open_s
+        self._open_until = loop.time() + again_in_s
+        self._open_s = min(2 * again_in_s, BREAKER_MAX_S)
         for _, future in (*batch, *self._waiting):
             _set(future, error)
         self._waiting.clear()
-        self._waiting_events = 0
+        self._waiting_events = self._waiting_bytes = 0
+        log.error("admission.unavailable", reason=error.reason, again_in_s=again_in_s)
 
     async def _flush_refusals(self) -> None:
         while True:
             await asyncio.sleep(REFUSALS_EVERY_S)
             idle = len(self._slots) == IN_FLIGHT
             away = self._open_until > asyncio.get_running_loop().time()
-            if self._refused and idle and not away:
+            if (self._refused or self._unsure) and idle and not away:
                 self._flush(final=True)
+
+
+def _size(request: Request) -> int:
+    return sum(len(event[7]) for event in request[1])
 
 
 def _set(future: asyncio.Future[Reply], error: Exception) -> None:

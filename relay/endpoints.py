@@ -23,7 +23,7 @@ from relay.edge import Admission as Admitted
 from relay.errors import QueueUnavailable
 from relay.limits import Limit
 from relay.outcomes import Outcome
-from relay.queue import DUPLICATE, LIMITED, NO_ROOM, QUEUED, Reply
+from relay.queue import DUPLICATE, LIMITED, NO_ROOM, QUEUED, Event, Reply
 
 BODY_TIMEOUT_S = 10.0  # for a whole body of at most 64 KiB
 MAX_WAITERS = 100  # answers held back at once by `Prefer: wait`
@@ -51,10 +51,10 @@ _NO_ROOM = Fate(
 class Outcomes(Protocol):
     """The part of the queue that `Prefer: wait` needs."""
 
-    async def expect(self, event_id: str, seconds: int) -> None: ...
+    async def expect(self, event: Event, seconds: int) -> None: ...
 
     async def outcome(
-        self, event_id: str, seconds: float
+        self, event: Event, seconds: float
     ) -> dict[str, object] | None: ...
 
 
@@ -231,7 +231,7 @@ class Track:
             with contextlib.suppress(TimeoutError):  # then the answer tells none
                 async with asyncio.timeout_at(until), self._expecting:
                     for event in admitted.events:
-                        await self._outcomes.expect(event[0], admitted.head.wait_s)
+                        await self._outcomes.expect(event, admitted.head.wait_s)
             reply = await self._admission.submit(admitted.request)
             fates = [self._fate(*pair) for pair in _pairs(reply)]
             return reply, await self._await_outcomes(admitted, fates, until)
@@ -249,7 +249,7 @@ class Track:
                 if fates[place] is _QUEUED:
                     # Of those behind a slow one too: what is known by now is told.
                     left = max(until - loop.time(), LAST_LOOK_S)
-                    outcome = await self._outcomes.outcome(event[0], left)
+                    outcome = await self._outcomes.outcome(event, left)
                     told[place] = Fate(status="queued", outcome=outcome)
         except (QueueUnavailable, asyncio.CancelledError) as error:
             # Redis went away, or the server stops and cancels what is left. The

@@ -11,6 +11,7 @@ about an event's state alone; the scripts do, and only for its present owner.
 
 import asyncio
 import random
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Protocol
 
@@ -26,6 +27,7 @@ LOOK_OUT_S = 4.0  # between two looks for dead forwarders: 20 s + 4 s < 30 s
 NAP_S = 1.0  # the longest time without a heartbeat, and without a look at the holds
 DEFAULT_PAUSE_MS = 5_000  # a 429 that names no time: the window of the client API
 HELD_MS = 1_000
+SENT_KEPT = 10_000
 SETTLE_MAX = 128
 BACKOFF_S, BACKOFF_MAX_S = 0.05, 2.0
 LAST_SETTLE_S = 3.0  # after the drain: for Redis to take the last results
@@ -65,7 +67,10 @@ class Forwarder:
         self._backoff = backoff
         self._look_out_s = look_out_s
         self._looked_out = float("-inf")
-        self._in_flight: set[asyncio.Task[None]] = set()
+        self._in_flight: dict[asyncio.Task[None], str] = {}  # and its event's place
+        # What this process sent and may have arrived, of what must not be sent twice.
+        # Redis may go back in time (a failover, a lost second) and hand it out anew.
+        self._sent: OrderedDict[tuple[str, int], None] = OrderedDict()
         self._results: list[Result] = []
         self._settling: asyncio.Task[None] | None = None
         self._bell: asyncio.Task[None] | None = None
@@ -99,13 +104,19 @@ class Forwarder:
         now = asyncio.get_running_loop().time()
         look_out = now - self._looked_out >= self._look_out_s
         free = self._concurrency - len(self._in_flight)
+        held = self._in_flight.values() if look_out else ()
         # With no hand free it is a heartbeat only.
-        tick = await self._queue.tick(self.name, free, look_out=look_out)
+        tick = await self._queue.tick(self.name, free, look_out=look_out, held=held)
         if look_out:
             self._looked_out = now
+        unmarked = await self._mark(tick.claimed)
         for claimed in tick.claimed:
-            task = asyncio.create_task(self._deliver(claimed, probe=tick.probe))
-            self._in_flight.add(task)
+            task = asyncio.create_task(
+                self._deliver(
+                    claimed, probe=tick.probe, unmarked=unmarked.get(claimed.place)
+                )
+            )
+            self._in_flight[task] = claimed.place
             task.add_done_callback(self._landed)
         if len(self._in_flight) >= self._concurrency:
             await self._nap(NAP_S)
@@ -114,8 +125,19 @@ class Forwarder:
         elif tick.wait_ms > 0:
             await self._nap(min(tick.wait_ms / 1000, NAP_S))
 
+    async def _mark(self, claimed: list[Claimed]) -> dict[str, str]:
+        """Mark what must not be sent twice; which may not be sent, and why not."""
+        paying = [c for c in claimed if c.delivery == "at_most_once"]
+        if not paying:
+            return {}
+        try:
+            marked = await self._queue.mark(self.name, paying)
+        except QueueUnavailable as error:
+            return {c.place: error.reason for c in paying}
+        return {c.place: "" for c, ours in zip(paying, marked, strict=True) if not ours}
+
     def _landed(self, task: asyncio.Task[None]) -> None:
-        self._in_flight.discard(task)
+        self._in_flight.pop(task)
         self._wake.set()
 
     async def _nap(self, seconds: float) -> None:
@@ -133,7 +155,8 @@ class Forwarder:
                 self._queue.doorbell(last, int(NAP_S * 1000))
             )
         woken = asyncio.create_task(self._wake.wait())
-        due = max(wait_ms, 1) / 1000 if wait_ms >= 0 else None
+        # Longer than the bell's own time only when its connection is dead.
+        due = 2 * NAP_S if wait_ms < 0 else min(max(wait_ms, 1) / 1000, 2 * NAP_S)
         await asyncio.wait(
             {self._bell, woken}, timeout=due, return_when=asyncio.FIRST_COMPLETED
         )
@@ -146,26 +169,40 @@ class Forwarder:
 
     # --- one event --------------------------------------------------------------------
 
-    async def _deliver(self, claimed: Claimed, *, probe: bool) -> None:
-        may_have_arrived = False
+    async def _deliver(
+        self, claimed: Claimed, *, probe: bool, unmarked: str | None
+    ) -> None:
+        """Send one event and settle it; `unmarked` says why it may not be sent."""
+        if unmarked == "":
+            return  # another forwarder has taken it over
+        key = (claimed.id, claimed.received_ms)
+        if unmarked is not None:
+            result = _back(claimed, unmarked, probe=probe)
+        elif key in self._sent:
+            result = _interrupted(claimed, "claimed_again")
+        else:
+            result = await self._send(claimed, key, probe=probe)
+        await self._settle(result)
+
+    async def _send(
+        self, claimed: Claimed, key: tuple[str, int], *, probe: bool
+    ) -> Result:
+        if claimed.delivery == "at_most_once":
+            self._sent[key] = None
+            if len(self._sent) > SENT_KEPT:
+                self._sent.popitem(last=False)
         try:
-            if claimed.delivery == "at_most_once" and not await self._queue.mark(
-                self.name, claimed
-            ):
-                return  # another forwarder has taken it over
-            may_have_arrived = True
             answer = await self._upstream.send(claimed.body.encode())
-        except QueueUnavailable as error:
-            result = _back(claimed, error.reason, probe=probe)
+            result = self._result(claimed, answer, probe=probe)
         except asyncio.CancelledError:  # the drain took too long
-            result = _interrupted(claimed, "drain_timeout", sent=may_have_arrived)
+            return _interrupted(claimed, "drain_timeout")
         except Exception:
             # Our bug: the event's own rule says what a lost attempt means for it.
             log.exception("forwarder.delivery_failed")
-            result = _interrupted(claimed, "internal", sent=may_have_arrived)
-        else:
-            result = self._result(claimed, answer, probe=probe)
-        await self._settle(result)
+            return _interrupted(claimed, "internal")
+        if result.verdict in ("retry", "wait"):  # certainly not processed
+            self._sent.pop(key, None)
+        return result
 
     def _result(self, claimed: Claimed, answer: Answer, *, probe: bool) -> Result:
         verdict, delay_ms = self._judge(claimed, answer)
@@ -220,9 +257,9 @@ class Forwarder:
             await asyncio.shield(self._settling)
 
     async def _settle_all(self) -> None:
-        pause = BACKOFF_S
+        pause, size = BACKOFF_S, SETTLE_MAX
         while self._results:
-            part = self._results[:SETTLE_MAX]
+            part = self._results[:size]
             try:
                 await self._queue.settle(self.name, part)
             except QueueUnavailable as error:
@@ -230,8 +267,17 @@ class Forwarder:
                 log.warning("forwarder.settle_waits", reason=error.reason)
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, BACKOFF_MAX_S)
-            else:
-                del self._results[: len(part)]
+                continue
+            except Exception:
+                log.exception("forwarder.settle_failed", results=len(part))
+                if len(part) > 1:
+                    size = 1  # one by one, so that a bad one holds up nobody else
+                    continue
+                # Its event stays in flight, unknown to us: the next look-out takes it
+                # over by its rule.
+            del self._results[: len(part)]
+            if not self._results:
+                size = SETTLE_MAX
 
     async def _drain(self) -> None:
         """Finish what is in flight, then give the rest back, then let go."""
@@ -260,24 +306,20 @@ def _back(claimed: Claimed, reason: str, *, probe: bool) -> Result:
         entry=claimed.entry,
         verdict="release",
         reason=reason,
+        delay_ms=HELD_MS,
         probe=probe,
     )
 
 
-def _interrupted(claimed: Claimed, reason: str, *, sent: bool) -> Result:
-    """No answer will come; `sent` says whether the event may have left."""
-    if not sent:
-        verdict = "release"
-    elif claimed.delivery == "at_most_once":
-        verdict = "ambiguous"
-    else:
-        verdict = "retry"
+def _interrupted(claimed: Claimed, reason: str) -> Result:
+    """It may have left, and no answer will come: its delivery rule decides."""
+    paying = claimed.delivery == "at_most_once"
     return Result(
         lane=claimed.lane,
         entry=claimed.entry,
-        verdict=verdict,
+        verdict="ambiguous" if paying else "retry",
         reason=reason,
-        delay_ms=0 if verdict == "release" else HELD_MS,
+        delay_ms=HELD_MS,
     )
 
 

@@ -10,7 +10,7 @@ an error inside a script is our bug and passes through.
 
 import socket
 import time
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import Awaitable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from hashlib import sha1
@@ -27,8 +27,7 @@ from relay.errors import QueueUnavailable, RelayError
 from relay.limits import Limit, Window
 
 STALE_MS = 20_000  # no heartbeat for so long: dead; with the look-out below < 30 s
-STUCK_MS = 120_000  # in flight for so long: given up, whoever has it
-DELIVERIES_MAX = 5  # an event that took so many forwarders with it is set aside
+DEATHS_MAX = 5  # an event that took so many forwarders with it is set aside
 IDLE_CONSUMER_MS = 3_600_000
 SERVER_CLOCK = "call('TIME')"  # where lib.lua reads it
 
@@ -46,6 +45,10 @@ class Claimed(msgspec.Struct, array_like=True):
     name: str
     delivery: str  # at_least_once or at_most_once
     body: str  # for Voucherify
+
+    @property
+    def place(self) -> str:
+        return f"{self.lane}:{self.entry}"
 
 
 class Tick(msgspec.Struct, array_like=True):
@@ -183,8 +186,7 @@ class Queue:
                 egress,
                 [[w.quota, w.period_ms] for w in budget],
                 stale_ms,
-                STUCK_MS,
-                DELIVERIES_MAX,
+                DEATHS_MAX,
             ]
         )
 
@@ -208,8 +210,19 @@ class Queue:
             )
         return _decode_replies(cast("bytes", said))
 
-    async def tick(self, consumer: str, wanted: int, *, look_out: bool) -> Tick:
-        """Claim what may be sent now; with `look_out`, take over dead forwarders."""
+    async def tick(
+        self,
+        consumer: str,
+        wanted: int,
+        *,
+        look_out: bool,
+        held: Iterable[str] = (),
+    ) -> Tick:
+        """Claim what may be sent now.
+
+        With `look_out`, take over what dead forwarders left, and give back what this
+        one has been given without learning of it: all but `held` ("lane:entry").
+        """
         with _translated():
             said = await self._scripts.tick(
                 self._ops,
@@ -218,16 +231,16 @@ class Queue:
                 wanted,
                 self._tick_settings,
                 "1" if look_out else "0",
+                _pack(list(held)),
             )
         return _decode_tick(cast("bytes", said))
 
-    async def mark(self, consumer: str, claimed: Claimed) -> bool:
-        """Note durably that this event is about to be sent. False: no longer ours."""
+    async def mark(self, consumer: str, claimed: Sequence[Claimed]) -> list[bool]:
+        """Note durably that these are about to be sent. False: no longer ours."""
+        places = [part for c in claimed for part in (c.lane, c.entry)]
         with _translated():
-            said = await self._scripts.mark(
-                self._ops, self.prefix, consumer, claimed.lane, claimed.entry
-            )
-        return cast("list[int]", said) == [1]
+            said = await self._scripts.mark(self._ops, self.prefix, consumer, *places)
+        return [mine == 1 for mine in cast("list[int]", said)]
 
     async def settle(self, consumer: str, results: Sequence[Result]) -> int:
         """Give each its outcome or its next try; returns how many were still ours."""
@@ -272,20 +285,21 @@ class Queue:
                 block=max(1, block_ms),
             )
 
-    async def expect(self, event_id: str, seconds: int) -> None:
+    async def expect(self, event: Event, seconds: int) -> None:
         """Ask for the outcome of an event to be told; before it is committed."""
         with _translated():
-            await self._ops.set(
-                f"{self.prefix}:wait:{event_id}", "", px=(seconds + 5) * 1000
-            )
+            await self._ops.set(self._wait_key(event), "", px=(seconds + 5) * 1000)
 
-    async def outcome(self, event_id: str, seconds: float) -> dict[str, object] | None:
+    def _wait_key(self, event: Event) -> str:
+        return f"{self.prefix}:wait:{event[2]}:{event[0]}"  # customer and id
+
+    async def outcome(self, event: Event, seconds: float) -> dict[str, object] | None:
         """Wait for an expected outcome; None when it is not known by then.
 
         `{"outcome", "reason"?, "upstream_status"?, "error"?: {"key"?, "message"?,
         "details"?, "request_id"?}}`
         """
-        key = f"{self.prefix}:wait:{event_id}:outcome"
+        key = f"{self._wait_key(event)}:outcome"
         with _translated():
             told = await cast(
                 "Awaitable[list[bytes] | None]",

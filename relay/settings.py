@@ -350,7 +350,9 @@ class Settings(BaseSettings):
         "1000000", "200000", "Events that may wait before new ones are refused."
     )
     dedupe_window: UpToDays = _setting(
-        "24h", "48h", "How long an id that a sender gave is remembered."
+        "72h",
+        "96h",
+        "How long an id that a sender gave is remembered; never less than `RELAY_TTL`.",
     )
 
     # Storage.

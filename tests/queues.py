@@ -87,9 +87,16 @@ class Bench:
         return (await self.take(*events, ip=ip)).codes[::2]
 
     async def claim(
-        self, wanted: int = 10, *, consumer: str = "a", look_out: bool = False
+        self,
+        wanted: int = 10,
+        *,
+        consumer: str = "a",
+        look_out: bool = False,
+        held: Sequence[Claimed] = (),
     ) -> list[Claimed]:
-        tick = await self.queue.tick(consumer, wanted, look_out=look_out)
+        tick = await self.queue.tick(
+            consumer, wanted, look_out=look_out, held=[c.place for c in held]
+        )
         return tick.claimed
 
     async def settle(self, *results: Result, consumer: str = "a") -> int:

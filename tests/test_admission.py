@@ -154,6 +154,28 @@ async def test_a_stop_keeps_what_was_still_to_be_counted(bench: Bench) -> None:
     assert await bench.totals() == {"received": 1, "forbidden": 1}
 
 
+@pytest.mark.parametrize("cut", ["before", "after"])
+async def test_refusals_are_counted_once_when_their_commit_was_given_up(
+    bench: Bench, cut: str
+) -> None:
+    line = Line(bench.queue)
+    setattr(line, f"cut_{cut}", 1_000)
+    async with started(line, deadline_s=0.05) as admission:
+        for _ in range(10):
+            admission.refuse(Outcome.INVALID, "customer_missing", "")
+        with pytest.raises(QueueUnavailable):
+            await admission.submit(request("a"))
+        setattr(line, f"cut_{cut}", 0)
+
+        async def counted() -> bool:
+            return (await bench.totals()).get("invalid", 0) > 0
+
+        await eventually(counted)
+    assert (await bench.totals())["invalid"] == 10
+    # Given up before it was sent, the event was not taken; after it, it was.
+    assert (await bench.totals())["received"] == (10 if cut == "before" else 11)
+
+
 async def test_refusals_survive_an_outage_within_bounds(bench: Bench) -> None:
     line = Line(bench.queue)
     line.cut_before = 1_000_000

@@ -2,17 +2,18 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import pytest
 import redis.asyncio
 
+from relay.errors import QueueUnavailable
 from relay.forwarder import Forwarder
 from relay.limits import parse_budget
 from relay.outcomes import Outcome
-from relay.queue import Queue
+from relay.queue import Queue, Result, Tick
 from relay.sandbox.app import Sandbox
 from relay.sandbox.config import SandboxConfig
 from relay.sandbox.server import serve_sandbox
@@ -364,6 +365,87 @@ async def test_a_bug_in_delivery_loses_nothing_and_pays_nothing_twice(
     async with delivery.forwarder():
         assert await delivery.settled() == {"delivered": 1, "ambiguous": 1}
     assert delivery.sandbox.event_names() == ["plain"]
+
+
+async def test_what_was_sent_is_not_sent_again_when_redis_goes_back_in_time(
+    delivery: Delivery,
+) -> None:
+    bench, prefix = delivery.bench, delivery.bench.queue.prefix
+    await delivery.send("paying", PAYING, id="order-1")
+    before = await bench.client.dump(f"{prefix}:q:normal")
+    assert before is not None
+    async with delivery.forwarder():
+        assert await delivery.settled() == {"delivered": 1}
+        # As after a failover to a replica that had not heard of the delivery.
+        await bench.client.restore(f"{prefix}:q:normal", 0, before, replace=True)
+        await bench.client.hset(f"{prefix}:totals", "delivered", 0)
+
+        async def decided() -> bool:
+            return (await delivery.outcomes()) == {"ambiguous": 1}
+
+        await eventually(decided)
+    assert delivery.sandbox.event_names() == ["paying"]
+    [dead] = await bench.dead()
+    assert dead["reason"] == "claimed_again"
+
+
+async def test_a_refused_event_may_be_sent_again(delivery: Delivery) -> None:
+    delivery.sandbox.fail_next(2, status=503)
+    async with delivery.forwarder():
+        await delivery.send("paying", PAYING)
+        assert await delivery.settled() == {"delivered": 1}
+
+
+async def test_one_result_that_cannot_be_settled_holds_up_no_other(
+    delivery: Delivery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = delivery.bench.queue
+    real = queue.settle
+    bad = "bad"
+
+    async def settle(consumer: str, results: Sequence[Result]) -> int:
+        if any(r.error == bad for r in results):
+            raise ZeroDivisionError
+        return await real(consumer, results)
+
+    monkeypatch.setattr(queue, "settle", settle)
+    monkeypatch.setattr(
+        "relay.forwarder._error", lambda a: bad if a.status == 404 else ""
+    )
+    body = json.dumps({"event": "bad", "customer": {"id": "nobody"}})
+    await delivery.bench.take(event("bad", name="bad", body=body))
+    for n in range(5):
+        await delivery.send(f"good-{n}")
+    async with delivery.forwarder(look_out_s=0.1):
+
+        async def others() -> bool:
+            return (await delivery.outcomes()).get("delivered") == 5
+
+        await eventually(others)
+        monkeypatch.setattr(queue, "settle", real)
+        # What nobody knew of any more came back by itself and found its end.
+        assert await delivery.settled() == {"delivered": 5, "rejected": 1}
+
+
+async def test_an_answer_lost_on_the_way_from_redis_costs_seconds_not_minutes(
+    delivery: Delivery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = delivery.bench.queue
+    real = queue.tick
+    lost: list[str] = []
+
+    async def tick(consumer: str, wanted: int, **more: object) -> Tick:
+        told = await real(consumer, wanted, **more)  # type: ignore[arg-type]  # passed on
+        if told.claimed and not lost:
+            lost.extend(c.id for c in told.claimed)
+            raise QueueUnavailable("redis_timeout", "lost")
+        return told
+
+    monkeypatch.setattr(queue, "tick", tick)
+    await delivery.send("paying", PAYING)
+    async with delivery.forwarder(look_out_s=0.1):
+        assert await delivery.settled() == {"delivered": 1}
+    assert lost
 
 
 async def test_the_shared_budget_paces_two_forwarders(

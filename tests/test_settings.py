@@ -66,7 +66,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
     assert (bool(settings.allowed_origins), settings.allow_no_origin) == (False, False)
     assert bool(settings.trusted_proxies) is False
     assert settings.limits == parse_limits(DEFAULT_LIMITS)
-    assert (settings.queue_max, settings.dedupe_window) == (1_000_000, 86_400)
+    assert (settings.queue_max, settings.dedupe_window) == (1_000_000, 259_200)
     assert (settings.redis_url, settings.redis_prefix) == (None, "relay")
     assert settings.data_dir == Path("/home/someone/.local/state/relay")
     assert settings.cluster == "api"

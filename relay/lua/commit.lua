@@ -14,6 +14,7 @@
 -- Reply packed {{dimension, remaining, reset_us, {code, wait_us...}}...}, one for
 --       each request: the tightest limit (-1: none), and for each event 0 queued,
 --       1 duplicate, 2 no room, 3+d over limit d (from 0). "STALE" for a straggler.
+local SLOT_MS = 3600000  -- longer than any relay goes on trying one commit
 local MADE_ID_MS = 120000  -- how long an id of the relay's own making is known
 local RATE_CLAMP_US = 5000000  -- a clock that stepped back blocks nobody for longer
 
@@ -78,7 +79,7 @@ local function admit(request_ip, event)
     count_event(name, 'rate_limited', 1)
     return 2 + refuser, wait
   end
-  local seen = P .. ':seen:' .. id
+  local seen = P .. ':seen:' .. customer .. ':' .. id  -- another's id is not taken
   if not given then
     -- Made once, so never a duplicate itself; but after a 503 whose result nobody
     -- knew, its sender may repeat it under the id that the answer told.
@@ -146,5 +147,5 @@ for _, refusal in ipairs(cmsgpack.unpack(ARGV[5])) do
 end
 write_counts()
 local packed = cmsgpack.pack(reply)
-call('SET', slot, seq .. ' ' .. packed, 'PX', 60000)
+call('SET', slot, seq .. ' ' .. packed, 'PX', SLOT_MS)
 return packed

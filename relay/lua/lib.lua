@@ -16,7 +16,7 @@ local OUTCOMES = {
 }
 local MINUTES_KEPT_MS, HOURS_KEPT_MS = 72 * 3600000, 400 * 86400000
 -- Names come from browsers: without a bound, one page could fill Redis with them.
-local NAMES_KEPT, NAMES_SHOWN, FIELDS_MAX = 1000, 200, 4096
+local NAMES_KEPT, NAMES_SHOWN, FIELDS_MAX, NAME_BYTES = 1000, 200, 4096, 64
 
 local function stream(lane) return P .. ':q:' .. lane end
 
@@ -52,8 +52,13 @@ end
 -- The name to count an event under: its own while it is among the most frequent,
 -- else `other`. Space-saving (Metwally et al. 2005) over NAMES_KEPT candidates.
 local labels = {}
-local function label(name, n)
-  if labels[name] then return labels[name] end
+local function label(full, n)
+  if labels[full] then return labels[full] end
+  local name = full
+  if #name > NAME_BYTES then  -- cut before a whole character, told apart by a digest
+    name = string.gsub(string.sub(name, 1, NAME_BYTES), '[\192-\255][\128-\191]*$', '')
+      .. '~' .. string.sub(redis.sha1hex(full), 1, 8)
+  end
   local key = P .. ':names'
   local known = tonumber(call('ZSCORE', key, name) or 0)
   local kept = call('ZCARD', key)
@@ -70,8 +75,8 @@ local function label(name, n)
   -- seen once would show in turns.
   local beyond = call('ZREVRANGE', key, NAMES_SHOWN, NAMES_SHOWN, 'WITHSCORES')
   local shown = kept < NAMES_SHOWN or known > tonumber(beyond[2] or 0)
-  labels[name] = shown and name or 'other'
-  return labels[name]
+  labels[full] = shown and name or 'other'
+  return labels[full]
 end
 local function count_event(name, outcome, n, fresh)
   note('event:' .. label(name, fresh or 0) .. ':' .. outcome, n)
@@ -108,18 +113,27 @@ local function open(blob)
   return {id = e[1], name = e[2], customer = e[3], delivery = e[4], ttl = e[5],
     lane = e[6], body = e[7]}
 end
--- Stream entry -> {packed event, received_ms, attempts, strikes}. A first-time entry has
--- only `e`; when it was received is its own id.
+-- What is known of an event beside itself: r received_ms, a attempts, s strikes, k the
+-- count of successes when a hold last met it (-1: never), d forwarders that died with
+-- it. A first-time entry has only `e`; when it was received is its own id.
+local KNOWN = {'r', 'a', 's', 'k', 'd'}
 local function entry(id, fields)
   local f = {}
   for i = 1, #fields, 2 do f[fields[i]] = fields[i + 1] end
   return {e = f.e, r = tonumber(f.r) or tonumber(string.match(id, '^%d+')),
-    a = tonumber(f.a) or 0, s = tonumber(f.s) or 0}
+    a = tonumber(f.a) or 0, s = tonumber(f.s) or 0, k = tonumber(f.k) or -1,
+    d = tonumber(f.d) or 0}
+end
+-- Back into the queue, to be claimed at `due`; the other half is tick's read_due.
+local function postpone(x, due)
+  local packed = {x.e}
+  for _, name in ipairs(KNOWN) do packed[#packed + 1] = x[name] end
+  call('ZADD', P .. ':delayed', due, cmsgpack.pack(packed))
 end
 
 local function ours(lane, id, consumer)
-  local p = call('XPENDING', stream(lane), GROUP, id, id, 1, consumer)
-  return #p > 0
+  local p = redis.pcall('XPENDING', stream(lane), GROUP, id, id, 1, consumer)
+  return not p.err and #p > 0  -- with its group everything in flight is lost
 end
 local function remove(lane, id)
   call('XACK', stream(lane), GROUP, id)
@@ -128,8 +142,8 @@ local function remove(lane, id)
 end
 
 -- Somebody who waits for this event's outcome (Prefer: wait) is told.
-local function tell(event_id, told)
-  local key = P .. ':wait:' .. event_id
+local function tell(event, told)
+  local key = P .. ':wait:' .. event.customer .. ':' .. event.id
   if call('EXISTS', key) == 0 then return end
   call('DEL', key)
   call('RPUSH', key .. ':outcome', cjson.encode(told))
@@ -146,6 +160,6 @@ local function bury(x, event, outcome, reason, info)
   count(outcome, 1)
   note('reason:' .. reason, 1)
   count_event(event.name, outcome, 1)
-  tell(event.id, {outcome = outcome, reason = reason, upstream_status = info.status,
+  tell(event, {outcome = outcome, reason = reason, upstream_status = info.status,
     error = info.error})
 end

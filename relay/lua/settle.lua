@@ -12,11 +12,17 @@
 -- Reply how many were settled
 -- Names of the holds: relay/outcomes.py.
 local FAILURES_TO_OPEN = 5
-local HOLD_FIRST_MS, HOLD_MAX_MS = 5000, 300000
-local BREAKER_FIRST_MS, BREAKER_MAX_MS = 1000, 60000
+-- Probes cost one call each, and a queue may hold many events that fail by
+-- themselves: a short longest wait bounds what they can hold up.
+local HOLD_FIRST_MS, HOLD_MAX_MS = 5000, 30000
+local BREAKER_FIRST_MS, BREAKER_MAX_MS = 1000, 10000
+local TOLD_MAX_MS = 3600000  -- a plan may be raised before its cycle ends
 -- One event that alone provokes a 403 (a firewall's doing) must not stop the rest
--- for ever: met while others were accepted, three strikes make it a refusal.
+-- for ever: met again although others got through since, three times, it is refused.
 local STRIKES = 3
+-- A held event comes back after this, doubling with each strike: behind the others.
+local HELD_MS = 30000
+local STRIKING = {auth_hold = true, config_hold = true}
 
 local consumer, egress = ARGV[1], ARGV[2]
 local flow = P .. ':flow'
@@ -29,10 +35,10 @@ local function raise_hold(hold, reason, told_ms, probe, first_ms, max_ms)
   if current == hold then
     delay = math.min(2 * tonumber(call('HGET', flow, 'probe_delay_ms') or first_ms), max_ms)
   end
-  delay = math.max(delay, told_ms)
+  local wait = math.min(math.max(delay, told_ms), TOLD_MAX_MS)
   if current ~= hold then call('HSET', flow, 'since_ms', now_ms) end
   call('HSET', flow, 'hold', hold, 'hold_reason', reason,
-    'probe_delay_ms', math.min(delay, max_ms), 'probe_at_ms', now_ms + delay)
+    'probe_delay_ms', delay, 'probe_at_ms', now_ms + wait)
 end
 
 local function hear(signal, reason, pause_ms, probe)
@@ -44,6 +50,7 @@ local function hear(signal, reason, pause_ms, probe)
     end
   end
   if signal == 'ok' then
+    call('HINCRBY', flow, 'oks', 1)
     call('HDEL', flow, 'hold', 'hold_reason', 'since_ms', 'probe_at_ms',
       'probe_delay_ms', 'failures')
   elseif signal == 'failed' then
@@ -58,37 +65,47 @@ local function hear(signal, reason, pause_ms, probe)
   end
 end
 
-local function delay(x, event, delay_ms)
+local function again(x, event, delay_ms)
   local due = now_ms + delay_ms
   if due > x.r + event.ttl then return false end
-  call('ZADD', P .. ':delayed', due, cmsgpack.pack({x.e, x.r, x.a, x.s}))
+  postpone(x, due)
   return true
+end
+
+-- Whether a hold that this event met was the event's own doing, for the third time.
+local function struck_out(x, signal)
+  if not STRIKING[signal] then return false end
+  local oks = tonumber(call('HGET', flow, 'oks') or 0)
+  if x.k >= 0 and oks > x.k then x.s = x.s + 1 end
+  x.k = oks
+  return x.s >= STRIKES
 end
 
 local settled = 0
 for _, result in ipairs(cmsgpack.unpack(ARGV[3])) do
   local lane, id, verdict, reason, status, err, delay_ms, signal, pause_ms, probe =
     unpack(result)
-  hear(signal, reason, pause_ms, probe)
   local found = ours(lane, id, consumer) and call('XRANGE', stream(lane), id, id) or {}
   if #found > 0 then
     local x = entry(id, found[1][2])
     local event = open(x.e)
     local info = {status = status, error = err}
+    x.d = 0  -- its forwarder lives
     if verdict == 'retry' then x.a = x.a + 1 end
     local held = signal ~= 'ok' and signal ~= 'failed' and signal ~= 'none'
-    if held and not probe then x.s = x.s + 1 end
+    if held then delay_ms = HELD_MS * 2 ^ x.s end
     if verdict == 'delivered' then
       count('delivered', 1)
       count_event(event.name, 'delivered', 1)
-      tell(event.id, {outcome = 'delivered', upstream_status = status})
-    elseif held and x.s >= STRIKES then
+      tell(event, {outcome = 'delivered', upstream_status = status})
+    elseif held and struck_out(x, signal) then
       bury(x, event, 'rejected', reason, info)
     elseif verdict == 'retry' or verdict == 'wait' or verdict == 'release' then
-      if not delay(x, event, delay_ms) then bury(x, event, 'expired', reason, info) end
+      if not again(x, event, delay_ms) then bury(x, event, 'expired', reason, info) end
     else
       bury(x, event, verdict, reason, info)
     end
+    hear(signal, reason, pause_ms, probe)
     remove(lane, id)
     settled = settled + 1
   end

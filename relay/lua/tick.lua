@@ -8,8 +8,9 @@
 --
 -- KEYS  1 prefix
 -- ARGV  1 consumer  2 how many it can take  3 settings, packed {egress,
---         {{calls, period_ms}...}, stale_ms, stuck_ms, deliveries_max}
---       4 "1" to look for dead forwarders in this tick
+--         {{calls, period_ms}...}, stale_ms, deaths_max}
+--       4 "1" to look out for dead forwarders in this tick
+--       5 what this one has in flight, packed {"lane:entry id"...}
 -- Reply packed {{{lane, entry id, received_ms, attempts, id, name, delivery,
 --         body}...}, wait_ms, probe, doorbell}: when to ask again; `probe` when the one event
 --         is to try whether a hold is over; `doorbell` the last id of each lane
@@ -22,7 +23,7 @@ local PROBE_LEASE_MS = 15000  -- longer than a call may take: one probe at a tim
 
 local consumer, wanted = ARGV[1], tonumber(ARGV[2])
 local settings = cmsgpack.unpack(ARGV[3])
-local egress, budget, stale_ms, stuck_ms = settings[1], settings[2], settings[3], settings[4]
+local egress, budget, stale_ms = settings[1], settings[2], settings[3]
 local flow = P .. ':flow'
 
 local function group_missing(err)
@@ -33,13 +34,29 @@ local function make_group(lane)
   call('XGROUP', 'CREATE', stream(lane), GROUP, '0', 'MKSTREAM')
 end
 
--- Heartbeat. A forwarder that was itself away (Redis was) accuses nobody yet.
+-- The server's clock stepped back (a failover): every time that was noted lies too
+-- far ahead by as much, and would hold things up for as long.
 local workers = P .. ':workers'
-local seen = tonumber(call('HGET', workers, consumer) or 0)
-call('HSET', workers, consumer, now_ms)
-if seen > 0 and now_ms - seen > stale_ms / 2 then
-  call('SET', P .. ':amnesty', '', 'PX', stale_ms)
+local last_ms = tonumber(call('HGET', flow, 'last_ms') or now_ms)
+local back_ms = last_ms - now_ms
+if back_ms > 1000 then
+  for _, field in ipairs({'probe_at_ms', 'since_ms'}) do
+    if call('HEXISTS', flow, field) == 1 then call('HINCRBY', flow, field, -back_ms) end
+  end
+  call('DEL', P .. ':pause:' .. egress)
+  call('DEL', workers)
+  local delayed = call('ZRANGE', P .. ':delayed', 0, 9999)
+  for _, packed in ipairs(delayed) do
+    call('ZINCRBY', P .. ':delayed', -back_ms, packed)
+  end
 end
+-- Nobody asked for a while: Redis was away, or the clock jumped. Then missing
+-- heartbeats prove nothing yet, and everyone gets the time to be heard again.
+if back_ms > 1000 or -back_ms > stale_ms / 2 then
+  call('SET', P .. ':amnesty', '', 'PX', stale_ms, 'NX')
+end
+call('HSET', flow, 'last_ms', now_ms)
+call('HSET', workers, consumer, now_ms)
 
 local out, wait_ms, probe = {}, -1, false
 
@@ -61,7 +78,8 @@ if paused > 0 then allowed, wait_ms = 0, math.max(wait_ms, paused) end
 local ledgers = {}
 for w, window in ipairs(budget) do
   local calls, period = window[1], window[2] + SLACK_MS
-  local key = P .. ':budget:' .. egress .. ':' .. calls .. '/' .. window[2]
+  -- By period alone: relays with different settings still see each other's calls.
+  local key = P .. ':budget:' .. egress .. ':' .. window[2]
   ledgers[w] = {key, period}
   local newest = tonumber(call('LINDEX', key, 0) or 0)
   if newest > now_ms + 1000 then  -- the clock stepped back: count them all as of now
@@ -83,48 +101,52 @@ local function give(lane, id, x, event)
   out[#out + 1] = {lane, id, x.r, x.a, event.id, event.name, event.delivery, event.body}
 end
 
--- What one forwarder left behind goes by its rule: sent again, given up, or back.
-local function take_over(lane, pending)
-  for _, p in ipairs(pending) do
-    local id, deliveries = p[1], p[4]
-    local found = call('XRANGE', stream(lane), id, id)
-    if #found == 0 then
-      remove(lane, id)
+-- What a forwarder left behind goes by its rule: given up, or back into the queue,
+-- where time to live and budget meet it like any other.
+local function take_over(lane, id, died)
+  local found = call('XRANGE', stream(lane), id, id)
+  if #found > 0 then
+    local x = entry(id, found[1][2])
+    local event = open(x.e)
+    x.d = x.d + died
+    local sent = call('HEXISTS', P .. ':sent', lane .. ':' .. id) == 1
+    if sent and event.delivery == 'at_most_once' then
+      bury(x, event, 'ambiguous', 'worker_died', {})
+    elseif x.d >= settings[4] then
+      bury(x, event, 'expired', 'worker_died', {})
     else
-      local x = entry(id, found[1][2])
-      local event = open(x.e)
-      local sent = call('HEXISTS', P .. ':sent', lane .. ':' .. id) == 1
-      if sent and event.delivery == 'at_most_once' then
-        bury(x, event, 'ambiguous', 'worker_died', {})
-        remove(lane, id)
-      elseif deliveries >= settings[5] then
-        bury(x, event, 'expired', 'worker_died', {})
-        remove(lane, id)
-      elseif #out < allowed then
-        call('XCLAIM', stream(lane), GROUP, consumer, 0, id)
-        give(lane, id, x, event)
+      postpone(x, now_ms)
+    end
+  end
+  remove(lane, id)
+end
+
+-- Dead forwarders are those whose heartbeat stopped. And an answer to this forwarder
+-- may have been lost, with events in it that it does not know it has.
+local held = {}
+for _, place in ipairs(cmsgpack.unpack(ARGV[5])) do held[place] = true end
+local function look_out(lane)
+  local consumers = redis.pcall('XINFO', 'CONSUMERS', stream(lane), GROUP)
+  if consumers.err then return end  -- no stream or no group yet
+  local amnesty = call('EXISTS', P .. ':amnesty') == 1
+  for _, c in ipairs(consumers) do
+    local info = {}
+    for i = 1, #c, 2 do info[c[i]] = c[i + 1] end
+    local mine = info.name == consumer
+    local beat = tonumber(call('HGET', workers, info.name) or 0)
+    if info.pending > 0 and (mine or now_ms - beat > stale_ms and not amnesty) then
+      local pending = call('XPENDING', stream(lane), GROUP, '-', '+', 1000, info.name)
+      for _, p in ipairs(pending) do
+        if not mine then
+          take_over(lane, p[1], 1)
+        elseif not held[lane .. ':' .. p[1]] then
+          take_over(lane, p[1], 0)
+        end
       end
     end
   end
 end
-
--- Dead forwarders are those whose heartbeat stopped; a live one may have lost sight
--- of an event, which is then in flight for longer than any call can be.
-local function look_out(lane)
-  local consumers = redis.pcall('XINFO', 'CONSUMERS', stream(lane), GROUP)
-  if consumers.err then return end  -- no stream or no group yet
-  for _, c in ipairs(consumers) do
-    local info = {}
-    for i = 1, #c, 2 do info[c[i]] = c[i + 1] end
-    local beat = tonumber(call('HGET', workers, info.name) or 0)
-    if info.pending > 0 then
-      local idle = now_ms - beat > stale_ms and 0 or stuck_ms
-      take_over(lane, call('XPENDING', stream(lane), GROUP, 'IDLE', idle, '-', '+',
-        100, info.name))
-    end
-  end
-end
-if ARGV[4] == '1' and call('EXISTS', P .. ':amnesty') == 0 then
+if ARGV[4] == '1' then
   for _, lane in ipairs(LANES) do look_out(lane) end
 end
 
@@ -146,12 +168,17 @@ end
 -- A due retry enters its stream only now, so that stream holds nothing but events
 -- in flight and its order is the delayed set's. With none due it is read all the
 -- same: a script that failed half way may have left one behind there.
-local function read_due()
-  local due = call('ZRANGE', P .. ':delayed', '-inf', now_ms, 'BYSCORE', 'LIMIT', 0, 1)
+local function read_due(latest)
+  local due = call('ZRANGE', P .. ':delayed', '-inf', latest, 'BYSCORE', 'LIMIT', 0, 1)
   if #due == 0 then return read('retry') end
-  local d = cmsgpack.unpack(due[1])
+  local packed = cmsgpack.unpack(due[1])
+  local fields = {'e', packed[1]}
+  for i, name in ipairs(KNOWN) do
+    fields[#fields + 1] = name
+    fields[#fields + 1] = packed[i + 1]
+  end
   call('ZREM', P .. ':delayed', due[1])
-  call('XADD', stream('retry'), '*', 'e', d[1], 'r', d[2], 'a', d[3], 's', d[4])
+  call('XADD', stream('retry'), '*', unpack(fields))
   return read('retry')
 end
 
@@ -163,15 +190,17 @@ local turn = tonumber(call('HGET', flow, 'turn') or 0)
 local first_turn = turn
 local function next_event()
   turn = (turn + 1) % 20
-  if turn % 2 == 0 then
-    local id, x = read_due()
+  -- A probe takes one that was not tried yet, if there is any: what raised the hold may
+  -- have been the event itself.
+  if turn % 2 == 0 and not probe then
+    local id, x = read_due(now_ms)
     if id then return 'retry', id, x end
   end
   for _, lane in ipairs(ORDERS[math.floor(turn / 2)] or USUAL) do
     local id, x = read(lane)
     if id then return lane, id, x end
   end
-  local id, x = read_due()
+  local id, x = read_due(probe and '+inf' or now_ms)
   if id then return 'retry', id, x end
   return nil
 end
@@ -188,6 +217,11 @@ while #out < allowed and not empty do
       remove(lane, id)
       expired = expired + 1
       if expired >= EXPIRED_AT_ONCE then break end
+    elseif event.delivery == 'at_most_once'
+      and call('HEXISTS', P .. ':sent', lane .. ':' .. id) == 1 then
+      -- Read as new, but marked as sent: Redis went back in time, or lost its group.
+      bury(x, event, 'ambiguous', 'claimed_again', {})
+      remove(lane, id)
     else
       give(lane, id, x, event)
     end
