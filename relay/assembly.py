@@ -6,8 +6,10 @@ one, the ops listener, and the housekeeping that keeps the gauges fresh.
 
 import asyncio
 import contextlib
+import errno
+import signal
 import socket
-from collections.abc import AsyncIterator, Generator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from hashlib import sha256
 from secrets import token_hex
@@ -23,6 +25,8 @@ from relay.settings import Settings
 from relay.voucherify import Voucherify
 
 REAP_EVERY_S = 2.0  # gauges are promised to be at most five seconds old
+BACKLOG = 2048  # connections that wait to be accepted, as uvicorn has it
+STOPS = (signal.SIGTERM, signal.SIGINT)
 
 log = structlog.get_logger()
 
@@ -36,7 +40,8 @@ def make_queue(settings: Settings, redis_url: str) -> Queue:
         budget=settings.upstream_budget,
         egress=settings.egress,
         queue_max=settings.queue_max,
-        dedupe_ms=settings.dedupe_window * 1000,
+        # An id must be known for as long as its event can still be delivered.
+        dedupe_ms=max(settings.dedupe_window, settings.ttl) * 1000,
     )
 
 
@@ -50,14 +55,6 @@ def digest_key(settings: Settings) -> bytes:
     return sha256(b"relay digests\0" + secret.encode()).digest()
 
 
-class QuietServer(uvicorn.Server):
-    """A second server in one process: signals belong to the first one."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
-        yield
-
-
 class Station:
     """One process's share of the relay, between start and stop."""
 
@@ -68,6 +65,7 @@ class Station:
         redis_url: str,
         forward: bool,
         ops_socket: socket.socket | None = None,
+        reap_every_s: float = REAP_EVERY_S,
     ) -> None:
         self.settings = settings
         self.queue = make_queue(settings, redis_url)
@@ -88,8 +86,11 @@ class Station:
                 concurrency=settings.concurrency,
                 drain_timeout_s=settings.drain_timeout,
             )
+        self._delivering: asyncio.Task[None] | None = None
+        self._stopping = asyncio.Event()
         self._ops_socket = ops_socket
-        self._fit: str | None = None  # why this Redis may not be used
+        self._reap_every_s = reap_every_s
+        self._unfit: str | None = None  # why this Redis may not be used
         # A name nobody had before: a slot refuses numbers that it has seen.
         self._slot, self._seq = f"ready-{token_hex(6)}", 0
 
@@ -98,24 +99,26 @@ class Station:
         """Deliver and keep house; leaving it drains."""
         await self._look_at_redis()
         housekeeping = asyncio.create_task(self._housekeeping())
-        delivering = (
-            asyncio.create_task(self._forwarder.run()) if self._forwarder else None
-        )
+        if self._forwarder is not None:
+            self._delivering = asyncio.create_task(self._forwarder.run())
         try:
             async with self._ops():
                 yield
                 self.draining = True
-                if self._forwarder is not None and delivering is not None:
-                    self._forwarder.stop()
-                    await delivering
+                await self._stop_delivering()
         finally:
-            for task in filter(None, (housekeeping, delivering)):
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await task
+            await self._stop_delivering()
+            # Asked, not cancelled: redis-py may swallow a cancellation.
+            self._stopping.set()
+            await housekeeping
             if self._upstream is not None:
                 await self._upstream.aclose()
             await self.queue.aclose()
+
+    async def _stop_delivering(self) -> None:
+        if self._forwarder is not None and self._delivering is not None:
+            self._forwarder.stop()
+            await self._delivering
 
     # --- readiness ----------------------------------------------------------------
 
@@ -123,11 +126,12 @@ class Station:
         return {"redis": self._redis_check, "queue": self._queue_check}
 
     async def _redis_check(self) -> str:
-        if self._fit is not None:
-            return self._fit
+        if self._unfit is not None:
+            return self._unfit
         if self.draining:
             return "draining: this relay is stopping"
         # An empty commit meets everything that a real one would: memory, disk, role.
+        # One after the other (ops.py): the slot takes numbers in their order only.
         self._seq += 1
         await self.queue.commit(self._slot, self._seq, [], [])
         return "ok"
@@ -142,24 +146,28 @@ class Station:
     # --- background ---------------------------------------------------------------
 
     async def _look_at_redis(self) -> None:
-        """Judge the server once it is there; events wait outside until then."""
+        """Judge the server once it is there; until then `/readyz` says what is wrong.
+
+        The command has refused a server that loses events; one that was away then
+        may turn out to be such a server now, and may also be put right.
+        """
+        unfit = None
         try:
             for warning in await self.queue.probe():
                 log.warning("redis.doubtful", detail=warning)
         except QueueUnavailable as error:
-            self._fit = f"{error.reason}: {error.detail}"
-            log.error("redis.unavailable", reason=error.reason, detail=error.detail)
+            unfit = f"{error.reason}: {error.detail}"
         except RelayError as error:
-            self._fit = str(error)
-            raise
-        else:
-            self._fit = None
+            unfit = str(error)
+        if unfit is not None and unfit != self._unfit:
+            log.error("redis.unfit", detail=unfit)
+        self._unfit = unfit
 
     async def _housekeeping(self) -> None:
         away = False
-        while True:
+        while not self._stopping.is_set():
             try:
-                if self._fit is not None:
+                if self._unfit is not None:
                     await self._look_at_redis()
                 await self.queue.reap()
                 away = False
@@ -170,49 +178,101 @@ class Station:
             except Exception:
                 # The top of the loop: stale gauges must not end the delivery.
                 log.exception("housekeeping.failed")
-            await asyncio.sleep(REAP_EVERY_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._reap_every_s):
+                    await self._stopping.wait()
 
     @asynccontextmanager
     async def _ops(self) -> AsyncIterator[None]:
         if self._ops_socket is None:
             yield
             return
-        server = QuietServer(
-            uvicorn.Config(
-                ops_app(self.checks()),
-                lifespan="off",
-                access_log=False,
-                log_config=None,
-                server_header=False,
-                proxy_headers=False,
-            )
+        config = uvicorn.Config(
+            ops_app(self.checks()),
+            lifespan="off",
+            access_log=False,
+            log_config=None,
+            server_header=False,
+            proxy_headers=False,
         )
-        serving = asyncio.create_task(server.serve(sockets=[self._ops_socket]))
-        try:
+        async with served(config, self._ops_socket):
             yield
-        finally:
-            server.should_exit = True
-            await serving
 
 
-def bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
-    """A listening socket, `shared` by several processes of one relay.
+class _QuietServer(uvicorn.Server):
+    """A server that leaves the signals to the rest of its process."""
 
-    Raises `RelayError` that says what to do when the port is taken.
-    """
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@asynccontextmanager
+async def served(config: uvicorn.Config, sock: socket.socket) -> AsyncIterator[None]:
+    """Serve beside whatever else this process does; leaving it ends the server."""
+    server = _QuietServer(config)
+    task = asyncio.create_task(server.serve(sockets=[sock]))
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        await task
+
+
+@contextlib.contextmanager
+def stop_asked() -> Iterator[asyncio.Event]:
+    """An event that SIGTERM and Ctrl-C set; afterwards they change nothing more."""
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for sign in STOPS:
+        loop.add_signal_handler(sign, stopped.set)
+    try:
+        yield stopped
+    finally:
+        # The loop would leave the default behind, which kills; what is still to be
+        # done after it is done whatever comes.
+        for sign in STOPS:
+            loop.remove_signal_handler(sign)
+            signal.signal(sign, signal.SIG_IGN)
+
+
+def ops_socket(settings: Settings) -> socket.socket:
+    """The socket of the ops listener. Raises `RelayError` if it cannot be had."""
+    return bind(settings.ops_host, settings.ops_port, setting="RELAY_OPS_PORT")
+
+
+def bind(host: str, port: int, *, setting: str) -> socket.socket:
+    """A listening socket, or a `RelayError` that says what to do about `setting`."""
+    try:
+        return listen(host, port)
+    except OSError as error:
+        cure = (
+            f"stop what uses it, or choose another port with {setting}"
+            if error.errno == errno.EADDRINUSE
+            else f"choose an address of this machine, and a port ({setting}) that "
+            "this user may take"
+        )
+        msg = f"Cannot listen on {host} port {port} ({error.strerror}): {cure}."
+        raise RelayError(msg) from error
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; who connects waits in it until somebody accepts."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if shared:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((host, port))
-    except OSError as error:
+        # At once: with SO_REUSEADDR two sockets can be bound to one port until the
+        # first of them listens (socket(7)).
+        sock.listen(BACKLOG)
+    except OSError:
         sock.close()
-        msg = (
-            f"Cannot listen on {host} port {port} ({error.strerror}): stop what uses "
-            "it, or choose another port (RELAY_PORT, RELAY_OPS_PORT)."
-        )
-        raise RelayError(msg) from error
-    sock.set_inheritable(True)
+        raise
     return sock
+
+
+def http_url(sock: socket.socket) -> str:
+    """The address of a listening socket, as a URL."""
+    host, port = sock.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"

@@ -1,6 +1,8 @@
 """The `relay` command.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage or settings, 3 a check did not pass.
+
+Each command imports what it runs: all of it takes a second, and most need little.
 """
 
 import asyncio
@@ -14,22 +16,14 @@ from typing import Annotated
 
 import structlog
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from relay import __version__, logs
-from relay.assembly import Station, bind, make_queue
-from relay.counters import stats as read_stats
-from relay.demo import run_demo
 from relay.embedded import EmbeddedServer, running_url
 from relay.errors import QueueUnavailable, RelayError, SettingsError
-from relay.sandbox.app import Sandbox
-from relay.sandbox.server import SandboxServer, server_config
-from relay.serving import serve_many, serve_one
 from relay.settings import Role, Settings, load_settings
-from relay.worker import work
 
 FAILED, USAGE = 1, 2
+STOPS = (signal.SIGTERM, signal.SIGINT)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -54,15 +48,15 @@ def serve(workers: Workers = 1, no_forwarder: NoForwarder = False) -> None:
 
     Without RELAY_REDIS_URL it runs a private Valkey under RELAY_DATA_DIR.
     """
+    _leave_on_signals()
+    from relay.serving import serve_many, serve_one
+
     settings = _settings(Role.EDGE if no_forwarder else Role.SERVE)
     forward = not no_forwarder
 
-    def announce(where: str, ops_port: int) -> None:
-        typer.echo(
-            f"Taking events on {where}, {_whither(settings, forward=forward)}. "
-            f"Ready? http://{settings.ops_host}:{ops_port}/readyz",
-            err=True,
-        )
+    def announce(where: str, ready: str) -> None:
+        whither = _whither(settings, forward=forward)
+        typer.echo(f"Taking events on {where}, {whither}. Ready? {ready}")
 
     with _redis(settings) as url:
         if workers == 1:
@@ -80,16 +74,17 @@ def serve(workers: Workers = 1, no_forwarder: NoForwarder = False) -> None:
 @app.command()
 def worker() -> None:
     """Deliver events that edges elsewhere have queued in the same Redis."""
+    _leave_on_signals()
+    from relay.worker import deliver
+
     settings = _settings(Role.WORKER)
+
+    def announce(ready: str) -> None:
+        whither = _whither(settings, forward=True)
+        typer.echo(f"A worker, {whither}. Ready? {ready}")
+
     with _redis(settings) as url:
-        ops = bind(settings.ops_host, settings.ops_port)
-        station = Station(settings, redis_url=url, forward=True, ops_socket=ops)
-        typer.echo(
-            f"Delivering {_whither(settings, forward=True)}. "
-            f"Ready? http://{settings.ops_host}:{ops.getsockname()[1]}/readyz",
-            err=True,
-        )
-        asyncio.run(work(station))
+        deliver(settings, redis_url=url, announce=announce)
 
 
 @app.command()
@@ -98,6 +93,9 @@ def demo() -> None:
 
     Prints the addresses; nothing is kept when it ends.
     """
+    _leave_on_signals()
+    from relay.demo import run_demo
+
     logs.configure("auto")
     run_demo(typer.echo)
 
@@ -112,10 +110,15 @@ def sandbox(
     Set RELAY_CLUSTER to its URL. docs/sandbox.md tells its credentials, limits,
     switches and faults.
     """
+    _leave_on_signals()
+    from relay.assembly import bind, http_url
+    from relay.sandbox.app import Sandbox
+    from relay.sandbox.server import SandboxServer, server_config
+
     logs.configure("auto")
     fake = Sandbox()
-    sock = bind(host, port)
-    url = f"http://{host}:{sock.getsockname()[1]}"
+    sock = bind(host, port, setting="--port")
+    url = http_url(sock)
     typer.echo(
         f"A fake Voucherify listens on {url} and shows there what it receives.\n"
         f"For the relay: RELAY_CLUSTER={url} "
@@ -133,10 +136,13 @@ def stats(*, as_json: AsJson = False) -> None:
     try:
         shown = asyncio.run(_read_stats(settings))
     except QueueUnavailable as error:
-        raise RelayError(
-            f"{error.detail} Is the relay running, and is it this Redis "
-            "(RELAY_REDIS_URL, RELAY_DATA_DIR)?"
-        ) from error
+        where = (
+            "at RELAY_REDIS_URL"
+            if settings.redis_url
+            else f"in {settings.data_dir} (RELAY_DATA_DIR; or set RELAY_REDIS_URL)"
+        )
+        msg = f"{error.detail} Does the relay run, and keep its events {where}?"
+        raise RelayError(msg) from error
     if as_json:
         typer.echo(json.dumps(shown, indent=2))
     else:
@@ -157,10 +163,6 @@ def version() -> None:
 
 def main() -> None:
     """Run the command; every failure ends with a message and a cure, no traceback."""
-    # uvicorn raises the signal that stopped it once more when it is done. As an
-    # exception it lets the private server stop cleanly, too.
-    for sign in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(sign, _leave)
     try:
         app()
     except SettingsError as error:
@@ -173,7 +175,21 @@ def main() -> None:
         sys.exit(FAILED)
 
 
+def _leave_on_signals() -> None:
+    """Let the signals that stop a program end this one cleanly.
+
+    As an exception they let the private server stop, too; uvicorn raises the one
+    that stopped it once more when it is done. A terminal that closes is one of them.
+    """
+    for sign in STOPS:
+        signal.signal(sign, _leave)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
+
+
 def _leave(*_: object) -> None:
+    for sign in STOPS:
+        signal.signal(sign, signal.SIG_IGN)  # a second one must not break the clean-up
     sys.exit(0)
 
 
@@ -193,14 +209,14 @@ def _redis(settings: Settings) -> Iterator[str]:
         _judge_redis(settings, url)
         yield url
         return
-    server = EmbeddedServer(data_dir=settings.data_dir)
-    with server:
-        typer.echo(server.line, err=True)
+    with EmbeddedServer(data_dir=settings.data_dir) as server:
+        typer.echo(server.line)
         yield server.url
 
 
 def _judge_redis(settings: Settings, url: str) -> None:
     """Refuse a Redis that would lose events; one that is away may come later."""
+    from relay.assembly import make_queue
 
     async def probe() -> None:
         queue = make_queue(settings, url)
@@ -211,16 +227,25 @@ def _judge_redis(settings: Settings, url: str) -> None:
         finally:
             await queue.aclose()
 
-    asyncio.run(probe())
+    # A stop waits for the two seconds that it may take: as an exception in the middle
+    # of it, it would leave tracebacks of the client's tasks.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        asyncio.run(probe())
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
 
 
 async def _read_stats(settings: Settings) -> dict[str, object]:
+    from relay.counters import stats as read_stats
+    from relay.queue import Queue
+
     url = (
         settings.redis_url.get_secret_value()
         if settings.redis_url
         else running_url(settings.data_dir)
     )
-    queue = make_queue(settings, url)
+    queue = Queue(url=url, prefix=settings.redis_prefix)
     try:
         return await read_stats(queue)
     finally:
@@ -238,6 +263,9 @@ def _whither(settings: Settings, *, forward: bool) -> str:
 
 
 def _show(shown: dict[str, object]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     console = Console()
     hold = shown["hold"]
     if isinstance(hold, dict):

@@ -7,8 +7,7 @@ and a plain page of a shop on an origin of its own. Nothing is kept when it ends
 import asyncio
 import socket
 import tempfile
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 
@@ -19,12 +18,11 @@ from starlette.responses import HTMLResponse
 from starlette.routing import Route
 
 from relay.app import App
-from relay.assembly import QuietServer, Station, bind
+from relay.assembly import Station, http_url, listen, served, stop_asked
 from relay.embedded import EmbeddedServer
-from relay.errors import RelayError
 from relay.sandbox.app import Sandbox
 from relay.sandbox.server import serve_sandbox
-from relay.serving import AnnouncingServer, server_config
+from relay.serving import server_config
 from relay.settings import Role, Settings, load_settings
 
 HOST = "127.0.0.1"
@@ -45,24 +43,25 @@ def run_demo(say: Callable[[str], None]) -> None:
 
 async def _demo(redis_url: str, say: Callable[[str], None]) -> None:
     relay, shop, ops = _free(RELAY_PORT), _free(SHOP_PORT), _free(OPS_PORT)
-    relay_url, shop_url = _url(relay), _url(shop)
+    relay_url, shop_url = http_url(relay), http_url(shop)
     sandbox = Sandbox()
     probe = _free(SANDBOX_PORT)
     sandbox_port = probe.getsockname()[1]
     probe.close()
-    async with (
-        serve_sandbox(sandbox=sandbox, host=HOST, port=sandbox_port) as running,
-        _serve(_shop(f"{relay_url}/track"), shop),
-    ):
-        settings = _settings(sandbox, running.url, shop_url)
-        station = Station(settings, redis_url=redis_url, forward=True, ops_socket=ops)
-
-        def announce() -> None:
-            for line in _lines(relay_url, running.url, shop_url, _url(ops)):
-                say(line)
-
-        server = AnnouncingServer(server_config(App(station)), announce)
-        await server.serve(sockets=[relay])
+    with stop_asked() as stopped:
+        async with (
+            serve_sandbox(sandbox=sandbox, host=HOST, port=sandbox_port) as running,
+            served(_shop_config(f"{relay_url}/track"), shop),
+        ):
+            settings = _settings(sandbox, running.url, shop_url)
+            station = Station(
+                settings, redis_url=redis_url, forward=True, ops_socket=ops
+            )
+            # Its socket listens: what connects before it is up is answered then.
+            async with served(server_config(App(station)), relay):
+                for line in _lines(relay_url, running.url, shop_url, http_url(ops)):
+                    say(line)
+                await stopped.wait()
 
 
 def _settings(sandbox: Sandbox, url: str, shop: str) -> Settings:
@@ -93,36 +92,19 @@ def _lines(relay: str, sandbox: str, shop: str, ops: str) -> list[str]:
     ]
 
 
-def _shop(track_url: str) -> Starlette:
+def _shop_config(track_url: str) -> uvicorn.Config:
     page = (files("relay") / "static" / "demo.html").read_text("utf-8")
 
     async def home(_: Request) -> HTMLResponse:
         return HTMLResponse(page.replace("{{track_url}}", track_url))
 
-    return Starlette(routes=[Route("/", home)])
-
-
-@asynccontextmanager
-async def _serve(app: Starlette, sock: socket.socket) -> AsyncIterator[None]:
-    server = QuietServer(
-        uvicorn.Config(app, lifespan="off", access_log=False, log_config=None)
-    )
-    serving = asyncio.create_task(server.serve(sockets=[sock]))
-    try:
-        yield
-    finally:
-        server.should_exit = True
-        await serving
+    app = Starlette(routes=[Route("/", home)])
+    return uvicorn.Config(app, lifespan="off", access_log=False, log_config=None)
 
 
 def _free(port: int) -> socket.socket:
     """The usual port, or any other when something listens there already."""
     try:
-        return bind(HOST, port)
-    except RelayError:
-        return bind(HOST, 0)
-
-
-def _url(sock: socket.socket) -> str:
-    host, port = sock.getsockname()[:2]
-    return f"http://{host}:{port}"
+        return listen(HOST, port)
+    except OSError:
+        return listen(HOST, 0)

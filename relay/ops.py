@@ -3,6 +3,7 @@
 `/healthz` and `/readyz` are open, since probes carry no secrets and get none.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable
 
 from starlette.applications import Starlette
@@ -18,12 +19,16 @@ Check = Callable[[], Awaitable[str]]
 
 def ops_app(checks: dict[str, Check]) -> Starlette:
     """The application; each check returns "ok" or says what is wrong."""
+    # One look at a time: the queue's connections to Redis are few, and a crowd of
+    # probes that took them all would refuse beacons and report a Redis that is away.
+    looking = asyncio.Lock()
 
     async def healthz(_: Request) -> JSONResponse:
         return JSONResponse({"status": "alive", "version": __version__})
 
     async def readyz(_: Request) -> JSONResponse:
-        said = {name: await _said(check) for name, check in checks.items()}
+        async with looking:
+            said = {name: await _said(check) for name, check in checks.items()}
         ready = all(word == "ok" for word in said.values())
         return JSONResponse(
             {"status": "ready" if ready else "unready", "checks": said},

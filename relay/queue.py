@@ -8,6 +8,7 @@ Raises `QueueUnavailable` for whatever Redis is or lacks, never a redis exceptio
 an error inside a script is our bug and passes through.
 """
 
+import asyncio
 import socket
 import time
 from collections.abc import Awaitable, Iterable, Iterator, Sequence
@@ -433,6 +434,11 @@ def _translated() -> Iterator[None]:
         raise QueueUnavailable(
             "redis_unreachable", f"{_SAYS['redis_unreachable']}: try again soon."
         ) from error
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        # redis-py swallows a cancellation that meets it at certain points; the task
+        # would go on, and whoever cancelled it would wait for ever.
+        raise asyncio.CancelledError
 
 
 def _reason(error: broken.RedisError) -> str | None:

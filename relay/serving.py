@@ -1,46 +1,71 @@
-"""Run the relay's processes: one, or several that share the listening sockets."""
+"""Run the relay's processes: one, or several that share the listening sockets.
+
+Every stop drains: SIGTERM, Ctrl-C, and for the children of a parent that was killed
+its end. What is still in flight after the drain is taken over by another forwarder.
+"""
 
 import os
+import signal
 import socket
 import stat
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from errno import ECONNREFUSED
+from multiprocessing import resource_tracker
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
+from types import FrameType
 
+import structlog
 import uvicorn
-from uvicorn.supervisors import Multiprocess
+from uvicorn.config import STARTUP_FAILURE
 
 from relay import logs
 from relay.app import App
-from relay.assembly import Station, bind
+from relay.assembly import BACKLOG, STOPS, Station, bind, http_url, ops_socket
 from relay.errors import RelayError
-from relay.settings import Role, Settings, load_settings
+from relay.settings import Settings
 
 # A stopping relay answers what it has read; clients that keep a request open longer
 # than this are cut.
 GRACE_S = 5
+FOLLOW_EVERY_S = 0.5
+WATCH_EVERY_S = 0.2
+PROBE_S = 1.0  # for a socket that is there to answer
 
-# How children learn what the command line said; not settings, so no RELAY_ prefix.
-_FORWARD, _OPS_PORT = "_relay_forward", "_relay_ops_port"
+Announce = Callable[[str, str], None]  # told where beacons and probes go
+
+log = structlog.get_logger()
 
 
-class AnnouncingServer(uvicorn.Server):
-    """A server that tells when it takes events."""
+class Server(uvicorn.Server):
+    """A server that can tell when it takes events, and always drains."""
 
-    def __init__(self, config: uvicorn.Config, announce: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, announce: Callable[[], None] | None = None
+    ) -> None:
         super().__init__(config)
         self._announce = announce
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        self._announce()
+        if self._announce is not None and not self.should_exit:
+            self._announce()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        # uvicorn drops everything at a second Ctrl-C. What is in flight may be money
+        # that is then never known to have arrived, and the drain takes seconds.
+        self.force_exit = False
 
 
-def server_config(app: object, *, workers: int = 1) -> uvicorn.Config:
+def server_config(app: object) -> uvicorn.Config:
     """How uvicorn runs the edge: fast parsers, nothing it could get wrong for us."""
     return uvicorn.Config(
-        app,  # type: ignore[arg-type]  # an application, or the name of a factory
-        factory=isinstance(app, str),
-        workers=workers,
+        app,  # type: ignore[arg-type]  # Starlette's types of ASGI, not uvicorn's
         # Ours: it would believe the header of any local peer.
         proxy_headers=False,
         server_header=False,
@@ -49,56 +74,67 @@ def server_config(app: object, *, workers: int = 1) -> uvicorn.Config:
         lifespan="on",
         ws="none",
         timeout_graceful_shutdown=GRACE_S,
-        backlog=2048,
+        backlog=BACKLOG,
     )
 
 
-def public_socket(settings: Settings) -> socket.socket:
+@contextmanager
+def public_socket(settings: Settings) -> Iterator[socket.socket]:
     """The socket that takes beacons. Raises `RelayError` if it cannot be had."""
     if settings.uds is None:
-        return bind(settings.host, settings.port)
+        with bind(settings.host, settings.port, setting="RELAY_PORT") as sock:
+            yield sock
+        return
     path = Path(settings.uds)
-    if path.exists() and stat.S_ISSOCK(path.stat().st_mode) and not _answers(path):
-        path.unlink()  # left by a relay that was killed
+    with _bind_unix(path) as sock:
+        ours = path.stat().st_ino
+        try:
+            yield sock
+        finally:
+            with suppress(FileNotFoundError):  # another relay may have replaced it
+                if path.stat().st_ino == ours:
+                    path.unlink()
+
+
+def _bind_unix(path: Path) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
+        if _is_stale(path):
+            path.unlink()  # left by a relay that was killed
         sock.bind(str(path))
+        # The directory decides who may connect; the proxy runs as another user.
+        path.chmod(0o666)
+        sock.listen(BACKLOG)
     except OSError as error:
+        sock.close()
         msg = (
             f"Cannot listen on the socket {path} ({error.strerror}): make its "
             "directory, stop what uses it, or choose another one (RELAY_UDS)."
         )
         raise RelayError(msg) from error
-    # The directory decides who may connect; the proxy runs as another user.
-    path.chmod(0o666)
-    sock.set_inheritable(True)
     return sock
 
 
-def _answers(path: Path) -> bool:
+def _is_stale(path: Path) -> bool:
+    """Whether this is a socket that nobody listens on any more."""
+    if not path.exists() or not stat.S_ISSOCK(path.stat().st_mode):
+        return False
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        return probe.connect_ex(str(path)) == 0
+        probe.settimeout(PROBE_S)  # a full backlog makes it wait
+        return probe.connect_ex(str(path)) == ECONNREFUSED
 
 
 def serve_one(
-    settings: Settings,
-    *,
-    redis_url: str,
-    forward: bool,
-    announce: Callable[[str, int], None],
+    settings: Settings, *, redis_url: str, forward: bool, announce: Announce
 ) -> None:
     """Edge, forwarder and ops listener in this process, until a signal."""
-    public = public_socket(settings)
-    ops = bind(settings.ops_host, settings.ops_port)
-    station = Station(settings, redis_url=redis_url, forward=forward, ops_socket=ops)
-    where, ops_port = _address(settings, public), ops.getsockname()[1]
-    server = AnnouncingServer(
-        server_config(App(station)), lambda: announce(where, ops_port)
-    )
-    try:
+    with public_socket(settings) as public, ops_socket(settings) as ops:
+        station = Station(
+            settings, redis_url=redis_url, forward=forward, ops_socket=ops
+        )
+        where, ready = _address(settings, public), f"{http_url(ops)}/readyz"
+        server = Server(server_config(App(station)), lambda: announce(where, ready))
         server.run(sockets=[public])
-    finally:
-        _remove(settings)
 
 
 def serve_many(
@@ -107,51 +143,113 @@ def serve_many(
     redis_url: str,
     forward: bool,
     workers: int,
-    announce: Callable[[str, int], None],
+    announce: Announce,
 ) -> None:
     """The same in several processes: alike, sharing sockets, queue and budget."""
-    public = public_socket(settings)
-    # Reserved here, so that every child gets the same one when any will do.
-    ops = bind(settings.ops_host, settings.ops_port, shared=True)
-    ops_port = ops.getsockname()[1]
-    os.environ["RELAY_REDIS_URL"] = redis_url
-    os.environ["RELAY_REDIS_URL_FILE"] = ""  # hides one in a .env file, too
-    os.environ[_FORWARD] = "1" if forward else ""
-    os.environ[_OPS_PORT] = str(ops_port)
-    config = server_config("relay.serving:child", workers=workers)
-    public.listen(config.backlog)  # what connects from now on waits for the children
-    announce(_address(settings, public), ops_port)
-    try:
-        Multiprocess(config, sockets=[public]).run()
-    finally:
-        _remove(settings)
-
-
-def child() -> App:
-    """The application of one of several processes, from its environment."""
-    forward = bool(os.environ[_FORWARD])
-    settings = load_settings(Role.SERVE if forward else Role.EDGE)
-    logs.configure(settings.log_format)
-    assert settings.redis_url is not None  # noqa: S101  # set by the parent
-    ops = bind(settings.ops_host, int(os.environ[_OPS_PORT]), shared=True)
-    return App(
-        Station(
-            settings,
-            redis_url=settings.redis_url.get_secret_value(),
+    with public_socket(settings) as public, ops_socket(settings) as ops:
+        # What connects from now on waits for the children.
+        announce(_address(settings, public), f"{http_url(ops)}/readyz")
+        child = Child(
+            settings=settings,
+            redis_url=redis_url,
             forward=forward,
-            ops_socket=ops,
+            public=public,
+            ops=ops,
         )
-    )
+        Supervisor(child, workers).run()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Child:
+    """What a parent hands to each of its processes, and what they do with it."""
+
+    settings: Settings
+    redis_url: str = field(repr=False)  # may have a password
+    forward: bool
+    public: socket.socket
+    ops: socket.socket
+    parent: int = field(default_factory=os.getpid)
+
+    def run(self) -> None:
+        """Edge, forwarder and ops listener until SIGTERM, or the parent's end."""
+        logs.configure(self.settings.log_format)
+        # The parent says what these mean; while it serves, Ctrl-C drains here, too.
+        for sign in (signal.SIGHUP, signal.SIGINT):
+            signal.signal(sign, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        threading.Thread(target=_follow, args=(self.parent,), daemon=True).start()
+        station = Station(
+            self.settings,
+            redis_url=self.redis_url,
+            forward=self.forward,
+            ops_socket=self.ops,
+        )
+        Server(server_config(App(station))).run(sockets=[self.public])
+
+
+def _follow(parent: int) -> None:
+    """Drain and end when the parent has ended without a word."""
+    while os.getppid() == parent:
+        time.sleep(FOLLOW_EVERY_S)
+    log.error("serve.parent_died", pid=parent)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Supervisor:
+    """The parent of several processes: starts them, and replaces one that died."""
+
+    def __init__(self, child: Child, workers: int) -> None:
+        self._child = child
+        self._workers = workers
+        self._stopping = False
+
+    def run(self) -> None:
+        """Keep the processes alive until a signal; returns when they have drained."""
+        for sign in STOPS:
+            signal.signal(sign, self._stop)
+        children: list[SpawnProcess] = []
+        try:
+            while not self._stopping:
+                while len(children) < self._workers:
+                    children.append(self._start())
+                time.sleep(WATCH_EVERY_S)
+                children = [child for child in children if self._lives(child)]
+        finally:
+            # Or who connects now waits for an answer that nobody will give.
+            self._child.public.close()
+            self._child.ops.close()
+            for child in children:
+                child.terminate()
+            for child in children:
+                child.join()
+            for sign in STOPS:  # or Python, as it ends, goes back to the default
+                signal.signal(sign, signal.SIG_IGN)
+
+    def _stop(self, *_: object) -> None:
+        self._stopping = True
+
+    def _start(self) -> SpawnProcess:
+        # Ctrl-C reaches children, too, and one that still imports would answer with a
+        # traceback. What is blocked here is blocked there until it is up.
+        resource_tracker.ensure_running()  # by itself it would unblock the signal
+        child = SpawnProcess(target=self._child.run)
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        child.start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        return child
+
+    def _lives(self, child: SpawnProcess) -> bool:
+        if child.exitcode is None:
+            return True
+        log.error("serve.child_died", pid=child.pid, exit_code=child.exitcode)
+        if child.exitcode == STARTUP_FAILURE:  # and so would the next one
+            msg = "A process of the relay does not start: the log above says why."
+            raise RelayError(msg)
+        return False
 
 
 def _address(settings: Settings, sock: socket.socket) -> str:
     path = settings.path_prefix + settings.track_path
     if settings.uds is not None:
         return f"unix:{settings.uds} {path}"
-    host, port = sock.getsockname()[:2]
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}{path}"
-
-
-def _remove(settings: Settings) -> None:
-    if settings.uds is not None:
-        Path(settings.uds).unlink(missing_ok=True)
+    return http_url(sock) + path

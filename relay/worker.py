@@ -1,16 +1,23 @@
 """A forwarder on its own: delivers for edges that run elsewhere."""
 
 import asyncio
-import signal
+from collections.abc import Callable
 
-from relay.assembly import Station
+from relay.assembly import Station, http_url, ops_socket, stop_asked
+from relay.settings import Settings
 
 
-async def work(station: Station) -> None:
-    """Deliver until SIGTERM or SIGINT, then drain."""
-    stopped = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for sign in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(sign, stopped.set)
-    async with station.running():
-        await stopped.wait()
+def deliver(
+    settings: Settings, *, redis_url: str, announce: Callable[[str], None]
+) -> None:
+    """Deliver until a signal, then drain; `announce` is told where probes go."""
+    with ops_socket(settings) as ops:
+        station = Station(settings, redis_url=redis_url, forward=True, ops_socket=ops)
+        announce(f"{http_url(ops)}/readyz")
+        asyncio.run(_until_stopped(station))
+
+
+async def _until_stopped(station: Station) -> None:
+    with stop_asked() as stopped:
+        async with station.running():
+            await stopped.wait()

@@ -73,6 +73,7 @@ class Bench:
         self.queue = queue
         self.clock = clock
         self.client = client  # for keys that have no method of their own
+        self.url = ""
 
     async def take(self, *events: Event, ip: str = "ip") -> Reply:
         [reply] = await self.commit([(ip, list(events))])

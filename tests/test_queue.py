@@ -1,5 +1,6 @@
 """The queue's five scripts, on every server that the relay supports."""
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
@@ -47,6 +48,7 @@ async def make(redis_url: str, prefix: str) -> AsyncIterator[Make]:
         clock = Clock(redis_url, prefix)
         await clock.set(clock.us)
         made.append(Bench(queue, clock, redis.asyncio.Redis.from_url(redis_url)))
+        made[-1].url = redis_url
         return made[-1]
 
     yield bench
@@ -845,6 +847,20 @@ async def test_a_server_that_is_not_there_is_named() -> None:
         assert caught.value.reason == "redis_unreachable"
     finally:
         await queue.aclose()
+
+
+async def test_a_cancellation_is_never_swallowed(make: Make) -> None:
+    bench = await make()
+    for turns in range(40):  # whatever the client is just doing
+        fresh = Queue(url=bench.url, prefix="cancelled")
+        task = asyncio.create_task(fresh.reap())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        if not task.done():
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        await fresh.aclose()
 
 
 def test_no_command_is_ever_sent_twice_by_the_client() -> None:

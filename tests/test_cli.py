@@ -1,0 +1,282 @@
+"""What an operator types, reads and scripts: words, exit codes, and no secret."""
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from redis import Redis
+
+from relay import __version__
+from relay.assembly import listen
+from relay.counters import GAUGES
+from relay.embedded import EmbeddedServer, running_url
+from relay.outcomes import Outcome
+from relay.settings import SECRETS, Settings, variable
+from tests.integration.stack import Sender, stack
+from tests.programs import RELAY
+from tests.support import eventually
+
+FIELDS = list(Settings.model_fields)
+COMPLETE = {
+    "allowed_origins": "https://shop.example",
+    "client_application_id": "application-1",
+    "client_token": "S3CRET-token",
+    "origin": "https://shop.example",
+    "cluster": "http://127.0.0.1:9",
+    "port": "0",
+    "ops_port": "0",
+}
+
+
+def relay(
+    place: Path, *command: str, **settings: str
+) -> subprocess.CompletedProcess[str]:
+    """Run `relay <command>` in `place`; `settings` are variables without prefix."""
+    env = {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "HOME": str(place),
+        **{variable(name): value for name, value in settings.items()},
+    }
+    return subprocess.run(
+        [*RELAY, *command],
+        env=env,
+        cwd=place,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+
+# Words
+
+
+def test_version_is_the_packages_own(tmp_path: Path) -> None:
+    done = relay(tmp_path, "version")
+    assert (done.returncode, done.stdout) == (0, f"{__version__}\n")
+
+
+def test_a_new_key_each_time(tmp_path: Path) -> None:
+    first, second = (relay(tmp_path, "keygen").stdout for _ in range(2))
+    assert first != second
+    for key in (first, second):
+        assert re.fullmatch(r"[A-Za-z0-9_-]{43,}\n", key)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("nonsense",),
+        ("serve", "--workers", "0"),
+        ("sandbox", "--port", "65536"),
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_exits_with_2(tmp_path: Path, command: tuple[str, ...]) -> None:
+    done = relay(tmp_path, *command)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Usage: " in done.stderr
+
+
+# Settings
+
+
+@pytest.mark.parametrize("source", ["environment", "env file", "secret files"])
+def test_every_wrong_setting_is_told_on_a_line_of_its_own_without_its_value(
+    tmp_path: Path, source: str
+) -> None:
+    # Nobody's grammar, as in test_settings.py; recognisable in any output.
+    wrong = {name: f"S3CRET\x07-{name} {{g" for name in FIELDS}
+    named = [variable(name) for name in FIELDS]
+    if source == "environment":
+        done = relay(tmp_path, "serve", **wrong)
+    elif source == "env file":
+        lines = (f"{variable(name)}={value}\n" for name, value in wrong.items())
+        (tmp_path / ".env").write_text("".join(lines))
+        done = relay(tmp_path, "serve")
+    else:
+        named = [variable(name) + "_FILE" for name in SECRETS]
+        for name in SECRETS:
+            (tmp_path / name).write_text(wrong[name])
+        files = {f"{name}_file": str(tmp_path / name) for name in SECRETS}
+        done = relay(tmp_path, "serve", **(COMPLETE | {"client_token": ""} | files))
+    assert done.returncode == 2
+    title, *faults = done.stderr.splitlines()
+    assert (done.stdout, title) == ("", "The settings are not right:")
+    assert all(
+        re.match(r"  RELAY_[A-Z_]+: .+ Example: RELAY_", line) for line in faults
+    )
+    assert sorted(re.findall(r"^  (\w+): ", done.stderr, re.MULTILINE)) == sorted(named)
+    assert "S3CRET" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["serve", "worker"])
+def test_missing_settings_are_named_with_where_to_find_them(
+    tmp_path: Path, command: str
+) -> None:
+    done = relay(tmp_path, command)
+    assert done.returncode == 2
+    assert "  RELAY_CLIENT_TOKEN: is missing. Voucherify shows it in " in done.stderr
+    assert ("RELAY_ALLOWED_ORIGINS" in done.stderr) == (command == "serve")
+
+
+def test_off_loopback_the_ops_listener_needs_a_token(tmp_path: Path) -> None:
+    done = relay(tmp_path, "serve", **COMPLETE, ops_host="0.0.0.0")
+    assert done.returncode == 2
+    assert "  RELAY_OPS_TOKEN: is missing, and RELAY_OPS_HOST is not " in done.stderr
+
+
+def test_an_unknown_setting_is_a_warning_without_its_value(tmp_path: Path) -> None:
+    done = relay(tmp_path, "stats", clutser="S3CRET")
+    warning = json.loads(done.stderr.splitlines()[0])
+    assert (warning["event"], warning["level"]) == ("settings.doubtful", "warning")
+    assert "RELAY_CLUTSER" in warning["detail"]
+    assert "RELAY_CLUSTER" in warning["detail"]
+    assert "S3CRET" not in done.stderr
+
+
+# Figures
+
+
+def test_stats_in_json_is_what_counters_gives(valkey_url: str, tmp_path: Path) -> None:
+    with EmbeddedServer(data_dir=tmp_path / "data") as server:
+        with Redis.from_url(server.url) as ask:
+            ask.hset("{relay}:totals", mapping={"received": 7, "delivered": 3})
+            ask.hset("{relay}:gauges", mapping={"queued": 4, "budget_per_s": "0.8"})
+        by_directory = relay(
+            tmp_path, "stats", "--json", data_dir=str(tmp_path / "data")
+        )
+        by_url = relay(tmp_path, "stats", "--json", redis_url=server.url)
+    assert (by_directory.returncode, by_directory.stderr) == (0, "")
+    shown = json.loads(by_directory.stdout)
+    assert list(shown) == ["totals", "gauges", "hold", "minutes"]
+    assert list(shown["totals"]) == ["received", *(str(o) for o in Outcome)]
+    assert (shown["totals"]["received"], shown["totals"]["delivered"]) == (7, 3)
+    assert list(shown["gauges"]) == list(GAUGES)
+    assert (shown["gauges"]["queued"], shown["gauges"]["budget_per_s"]) == (4, 0.8)
+    assert shown["hold"] is None
+    del shown["minutes"]  # may have moved on
+    assert shown.items() <= json.loads(by_url.stdout).items()
+    # The same prefix elsewhere is another relay.
+    elsewhere = relay(tmp_path, "stats", "--json", redis_url=valkey_url)
+    assert json.loads(elsewhere.stdout)["totals"]["received"] == 0
+
+
+def test_stats_for_people_begins_with_what_holds_delivery_and_its_cure(
+    valkey_url: str, prefix: str, tmp_path: Path
+) -> None:
+    with Redis.from_url(valkey_url) as ask:
+        mapping = {"hold": "auth_hold", "hold_reason": "http_401", "since_ms": 1}
+        ask.hset(f"{{{prefix}}}:flow", mapping=mapping)
+        ask.hset(f"{{{prefix}}}:totals", mapping={"received": 12345})
+    done = relay(tmp_path, "stats", redis_url=valkey_url, redis_prefix=prefix)
+    assert (done.returncode, done.stderr) == (0, "")
+    said = " ".join(done.stdout.split())
+    assert said.startswith(
+        "Delivery is held: auth_hold (http_401) since 1970-01-01T00:00:00+00:00;"
+    )
+    assert "compare RELAY_CLIENT_APPLICATION_ID, RELAY_CLIENT_TOKEN and" in said
+    assert "12345" in said
+
+
+def test_stats_without_a_running_relay_says_where_it_looked(tmp_path: Path) -> None:
+    done = relay(tmp_path, "stats", data_dir=str(tmp_path / "data"))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"in {tmp_path}/data (RELAY_DATA_DIR; " in done.stderr
+    assert not (tmp_path / "data").exists()
+
+
+def test_stats_of_a_redis_that_is_away_names_the_setting_and_no_password(
+    tmp_path: Path,
+) -> None:
+    done = relay(tmp_path, "stats", redis_url="redis://me:S3CRET@127.0.0.1:9")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "at RELAY_REDIS_URL?" in done.stderr
+    assert "S3CRET" not in done.stderr
+
+
+# Refusals at the start
+
+
+@pytest.mark.parametrize(
+    ("command", "setting"),
+    [
+        (("serve",), "port"),
+        (("serve", "--workers", "2"), "ops_port"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_a_taken_port_ends_the_start_with_what_to_do(
+    valkey_url: str, tmp_path: Path, command: tuple[str, ...], setting: str
+) -> None:
+    with listen("127.0.0.1", 0) as taken:
+        port = str(taken.getsockname()[1])
+        given = COMPLETE | {"redis_url": valkey_url, setting: port}
+        done = relay(tmp_path, *command, **given)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        f"Cannot listen on 127.0.0.1 port {port} (Address already in use): stop what "
+        f"uses it, or choose another port with {variable(setting)}.\n"
+    )
+
+
+def test_the_sandbox_names_its_own_option_when_its_port_is_taken(
+    tmp_path: Path,
+) -> None:
+    with listen("127.0.0.1", 0) as taken:
+        port = str(taken.getsockname()[1])
+        done = relay(tmp_path, "sandbox", "--port", port)
+    assert done.returncode == 1
+    assert done.stderr.endswith("choose another port with --port.\n")
+
+
+@pytest.mark.parametrize("command", ["serve", "worker"])
+def test_a_redis_that_evicts_is_refused(tmp_path: Path, command: str) -> None:
+    with EmbeddedServer(data_dir=tmp_path / "data") as server:
+        with Redis.from_url(server.url) as ask:
+            ask.config_set("maxmemory-policy", "allkeys-lru")
+        done = relay(tmp_path, command, **COMPLETE, redis_url=server.url)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "(allkeys-lru)" in done.stderr
+    assert done.stderr.endswith("set `maxmemory-policy noeviction`.\n")
+
+
+@pytest.mark.anyio
+async def test_serve_starts_without_redis_and_takes_events_once_it_is_there(
+    valkey_url: str, prefix: str, tmp_path: Path
+) -> None:
+    url = running_url(tmp_path / "data")
+    async with (
+        stack(valkey_url, prefix, tmp_path) as it,
+        Sender() as sender,
+    ):
+        process = it.start("serve", redis_url=url)
+        track, ready = await process.track_url(), await process.ready_url()
+
+        async def status() -> int:
+            async with sender._session.get(ready) as answer:
+                return answer.status
+
+        assert await status() == 503
+        assert await sender.send(track, 1) == 503
+        with EmbeddedServer(data_dir=tmp_path / "data"):
+
+            async def is_ready() -> bool:
+                return await status() == 200
+
+            await eventually(is_ready)
+
+            async def taken() -> bool:
+                return await sender.send(track, 2) == 202
+
+            await eventually(taken)
+
+            async def delivered() -> bool:
+                return it.delivered_ids() == ["2"]
+
+            await eventually(delivered)
+            assert await process.stop() == 0
