@@ -210,7 +210,7 @@ class Supervisor:
         children: list[SpawnProcess] = []
         try:
             while not self._stopping:
-                while len(children) < self._workers:
+                while len(children) < self._workers and not self._stopping:
                     children.append(self._start())
                 time.sleep(WATCH_EVERY_S)
                 children = [child for child in children if self._lives(child)]
