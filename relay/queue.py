@@ -11,8 +11,8 @@ an error inside a script is our bug and passes through.
 import asyncio
 import socket
 import time
-from collections.abc import Awaitable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import UTC, datetime
 from hashlib import sha1
 from importlib.resources import files
@@ -30,6 +30,7 @@ from relay.limits import Limit, Window
 STALE_MS = 20_000  # no heartbeat for so long: dead; with the look-out below < 30 s
 DEATHS_MAX = 5  # an event that took so many forwarders with it is set aside
 IDLE_CONSUMER_MS = 3_600_000
+OPS_CONNECTIONS = 16
 SERVER_CLOCK = "call('TIME')"  # where lib.lua reads it
 
 _pack = msgspec.msgpack.Encoder().encode
@@ -169,7 +170,9 @@ class Queue:
         # Commits have connections of their own: a waiting forwarder or a dashboard
         # never stands before a beacon.
         self._hot = connect(url, timeout=timeout, connections=3)
-        self._ops = connect(url, timeout=max(timeout, 2.0), connections=16)
+        self._ops = connect(url, timeout=max(timeout, 2.0), connections=OPS_CONNECTIONS)
+        # redis-py's pool raises at its limit, which would look like a Redis away.
+        self._turns = asyncio.Semaphore(OPS_CONNECTIONS)
         # Blocking reads must outlast their BLOCK; one per waiting request at most.
         self._patient = connect(url, timeout=40.0, connections=256)
         self._commit_settings = _pack(
@@ -194,6 +197,13 @@ class Queue:
     async def aclose(self) -> None:
         for client in (self._hot, self._ops, self._patient):
             await client.aclose()
+
+    @asynccontextmanager
+    async def _asking(self) -> AsyncIterator[None]:
+        """Wait for a connection of the second kind, and speak of Redis in our words."""
+        async with self._turns:
+            with _translated():
+                yield
 
     async def commit(
         self, slot: str, seq: int, requests: list[Request], refused: list[Refused]
@@ -224,7 +234,7 @@ class Queue:
         With `look_out`, take over what dead forwarders left, and give back what this
         one has been given without learning of it: all but `held` ("lane:entry").
         """
-        with _translated():
+        async with self._asking():
             said = await self._scripts.tick(
                 self._ops,
                 self.prefix,
@@ -239,13 +249,13 @@ class Queue:
     async def mark(self, consumer: str, claimed: Sequence[Claimed]) -> list[bool]:
         """Note durably that these are about to be sent. False: no longer ours."""
         places = [part for c in claimed for part in (c.lane, c.entry)]
-        with _translated():
+        async with self._asking():
             said = await self._scripts.mark(self._ops, self.prefix, consumer, *places)
         return [mine == 1 for mine in cast("list[int]", said)]
 
     async def settle(self, consumer: str, results: Sequence[Result]) -> int:
         """Give each its outcome or its next try; returns how many were still ours."""
-        with _translated():
+        async with self._asking():
             said = await self._scripts.settle(
                 self._ops, self.prefix, consumer, self.egress, _pack(list(results))
             )
@@ -253,7 +263,7 @@ class Queue:
 
     async def reap(self) -> dict[str, str]:
         """Keep house; returns the gauges, at most a second old."""
-        with _translated():
+        async with self._asking():
             said = await self._scripts.reap(
                 self._ops,
                 self.prefix,
@@ -288,7 +298,7 @@ class Queue:
 
     async def expect(self, event: Event, seconds: int) -> None:
         """Ask for the outcome of an event to be told; before it is committed."""
-        with _translated():
+        async with self._asking():
             await self._ops.set(self._wait_key(event), "", px=(seconds + 5) * 1000)
 
     def _wait_key(self, event: Event) -> str:
@@ -316,12 +326,12 @@ class Queue:
 
     async def ping(self) -> None:
         """Fail if Redis does not answer."""
-        with _translated():
+        async with self._asking():
             await self._ops.ping()
 
     async def hash(self, key: str) -> dict[str, str]:
         """One of the documented hashes: `totals`, `gauges`, `minute:…`, `hour:…`."""
-        with _translated():
+        async with self._asking():
             found = await cast(
                 "Awaitable[dict[bytes, bytes]]",
                 self._ops.hgetall(f"{self.prefix}:{key}"),
@@ -330,7 +340,7 @@ class Queue:
 
     async def now(self) -> datetime:
         """The server's clock, which every window and every age goes by."""
-        with _translated():
+        async with self._asking():
             seconds, micros = await cast("Awaitable[list[int]]", self._ops.time())
         return datetime.fromtimestamp(seconds + micros / 1e6, UTC)
 
@@ -340,7 +350,7 @@ class Queue:
         Raises `RelayError` for a server that would lose events: too old, or one
         that evicts keys when its memory is full.
         """
-        with _translated():
+        async with self._asking():
             info = cast(
                 "dict[str, object]", await cast("Awaitable[object]", self._ops.info())
             )

@@ -839,6 +839,13 @@ async def test_a_flushed_script_cache_is_filled_again(make: Make) -> None:
     assert len(await bench.claim()) == 2
 
 
+async def test_many_questions_at_once_wait_for_their_turn(make: Make) -> None:
+    bench = await make()
+    await bench.take(event())
+    asked = await asyncio.gather(*(bench.queue.hash("totals") for _ in range(100)))
+    assert asked == [{"received": "1"}] * 100
+
+
 async def test_a_server_that_is_not_there_is_named() -> None:
     queue = Queue(url="unix:///nonexistent.sock", prefix="x")
     try:
