@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from itertools import count
+from pathlib import Path
 from typing import cast
 
 import redis.asyncio
 
+from relay.embedded import EmbeddedServer
 from relay.outcomes import Outcome
 from relay.queue import (
     Claimed,
@@ -124,3 +126,23 @@ class Bench:
         waiting = sum(int(gauges[g]) for g in ("queued", "in_flight", "delayed"))
         assert totals.get("received", 0) == outcomes + waiting, (totals, gauges)
         assert gauges["unaccounted"] == "0"
+
+    async def aclose(self) -> None:
+        await self.queue.aclose()
+        await self.clock.aclose()
+        await self.client.aclose()
+
+
+async def directory_balanced(directory: Path) -> None:
+    """The same of what a relay that has ended left in its data directory."""
+    with EmbeddedServer(data_dir=directory) as server:
+        url = server.url
+        bench = Bench(
+            Queue(url=url, prefix="relay", timeout=5.0),
+            Clock(url, "relay"),
+            redis.asyncio.Redis.from_url(url),
+        )
+        try:
+            await bench.balanced()
+        finally:
+            await bench.aclose()

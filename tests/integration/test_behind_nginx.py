@@ -31,6 +31,7 @@ from relay.sandbox import (
     serve_sandbox,
 )
 from tests.programs import RELAY, Program, find, needs, running
+from tests.queues import directory_balanced
 from tests.support import eventually
 
 pytestmark = [pytest.mark.anyio, *needs("nginx", package="nginx-light")]
@@ -167,6 +168,8 @@ def stack(place: Path) -> Iterator[Stack]:
         made.url = ends.enter_context(nginx(place, place / "relay"))
         yield made
         made.sandbox.assert_clean()
+        made.relay.stop()
+        portal.call(directory_balanced, place / "data")
 
 
 @asynccontextmanager

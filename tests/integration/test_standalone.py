@@ -14,6 +14,7 @@ from relay.embedded import running_url
 from relay.queue import Queue
 from tests.integration.stack import Process, Sender, Stack, stack
 from tests.processes import gone, processes
+from tests.queues import directory_balanced
 from tests.support import eventually
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
@@ -34,6 +35,7 @@ async def standalone(
         for process in relay.processes:
             assert "Traceback" not in process.text, process.text
     assert servers(directory) == {}
+    await directory_balanced(data(directory))
 
 
 def data(directory: Path) -> Path:
