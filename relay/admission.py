@@ -142,6 +142,10 @@ class Admission:
             replies = await self._insist(
                 slot, [request for request, _ in batch], refused
             )
+            self._open_s = BREAKER_FIRST_S
+            for (_, future), reply in zip(batch, replies, strict=True):
+                if not future.done():  # its request may have been cancelled
+                    future.set_result(reply)
         except QueueUnavailable as error:
             self._fail(batch, error)
         except Exception as error:
@@ -150,11 +154,6 @@ class Admission:
                 _set(future, error)
             self._refused.update(refused)  # written last, so certainly not counted
             log.exception("admission.failed")
-        else:
-            self._open_s = BREAKER_FIRST_S
-            for (_, future), reply in zip(batch, replies, strict=True):
-                if not future.done():  # its request may have been cancelled
-                    future.set_result(reply)
         finally:
             self._slots.append(slot)
             self._flush()

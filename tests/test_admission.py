@@ -206,6 +206,27 @@ async def test_a_request_that_went_away_disturbs_nobody(bench: Bench) -> None:
         assert (await stays).codes[0] == 0
 
 
+async def test_a_reply_that_does_not_fit_leaves_nobody_waiting(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = Line(bench.queue)
+    real = line.commit
+
+    async def short(*asked: object) -> list[Reply]:
+        return (await real(*asked))[:-1]  # type: ignore[arg-type]  # passed on
+
+    monkeypatch.setattr(line, "commit", short)
+    async with started(line) as admission:
+        told = await asyncio.wait_for(
+            asyncio.gather(
+                *(admission.submit(request()) for _ in range(3)),
+                return_exceptions=True,
+            ),
+            timeout=10,
+        )
+    assert isinstance(told[-1], ValueError)
+
+
 async def test_a_fault_of_ours_is_told_and_the_next_commit_goes_on(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
