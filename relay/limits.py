@@ -20,12 +20,16 @@ MAX_WINDOW_S = 366 * 86_400
 # at this rate, and more above it.
 MAX_PER_SECOND = 100_000
 
+# Every use of an event's limit is kept as a time stamp, for it is counted exactly.
+MAX_EVENT_QUOTA = 1_000
+
 # After a failover the server's clock may be behind the one that wrote a TAT. Beyond
 # this much a TAT is cut, so that a step back blocks nobody for longer.
 CLOCK_SLACK_US = 5_000_000
 
 _LIMIT_FORM = 'write it like "ip=120/1m burst 60"'
 _WINDOW_FORM = 'write it like "90/1m"'
+_EVENT_LIMIT_FORM = 'write it like "3/1d" or "3/1d dry_run"'
 _DURATION_FORM = 'write it like "30s", "10m", "24h" or "7d"'
 
 _SPAN = re.compile(r"([0-9]{1,9})([a-z]?)")
@@ -155,6 +159,23 @@ def parse_budget(text: str) -> tuple[Window, ...]:
             raise ValueError(msg) from None
         windows.append(Window(quota=quota, period_ms=window_s * 1000))
     return tuple(windows)
+
+
+def parse_event_limit(text: str) -> tuple[Window, bool]:
+    """Read `3/1d` or `3/1d dry_run`: how often one customer may send one event."""
+    rate, *rest = text.split() or [""]
+    try:
+        quota, window_s = _parse_rate(rate)
+        if rest not in ([], ["dry_run"]):
+            raise ValueError("after the rate only `dry_run` may follow")
+        if not 1 <= quota <= MAX_EVENT_QUOTA:
+            msg = f"the quota must be from 1 to {MAX_EVENT_QUOTA}: each use is kept"
+            raise ValueError(msg)
+        _check_rate(quota, window_s)
+    except ValueError as error:
+        msg = f"{error}; {_EVENT_LIMIT_FORM}"
+        raise ValueError(msg) from None
+    return Window(quota=quota, period_ms=window_s * 1000), bool(rest)
 
 
 def parse_duration(text: str) -> int:

@@ -10,11 +10,13 @@ from relay.limits import (
     CLOCK_SLACK_US,
     DEFAULT_LIMITS,
     DIMENSIONS,
+    MAX_EVENT_QUOTA,
     Gcra,
     Limit,
     Window,
     parse_budget,
     parse_duration,
+    parse_event_limit,
     parse_limits,
     policy_header,
 )
@@ -104,7 +106,7 @@ def test_a_fault_names_the_part_and_shows_the_form(
 @given(st.text(max_size=60))
 def test_no_text_breaks_the_parsers_and_no_fault_repeats_it(text: str) -> None:
     marker = "Zqx" + text
-    for parse in (parse_limits, parse_budget, parse_duration):
+    for parse in (parse_limits, parse_budget, parse_duration, parse_event_limit):
         with pytest.raises(ValueError, match="write it like") as caught:
             parse(marker)
         assert "Zqx" not in str(caught.value)
@@ -136,6 +138,42 @@ def test_a_budget_can_be_unlimited(text: str) -> None:
 def test_a_faulty_budget_names_the_window(text: str, problem: str) -> None:
     with pytest.raises(ValueError, match=re.escape(problem)):
         parse_budget(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "window", "dry_run"),
+    [
+        ("3/1d", Window(quota=3, period_ms=86_400_000), False),
+        (" 1/10m  dry_run ", Window(quota=1, period_ms=600_000), True),
+        ("1000/366d", Window(quota=1_000, period_ms=366 * 86_400_000), False),
+    ],
+)
+def test_the_limit_of_an_event_is_one_window(
+    text: str, window: Window, dry_run: bool
+) -> None:
+    assert parse_event_limit(text) == (window, dry_run)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "it has no window"),
+        ("3", "it has no window"),
+        ("x/1d", "quota must be a whole number"),
+        ("0/1d", "from 1 to 1000"),
+        (f"{MAX_EVENT_QUOTA + 1}/1d", "from 1 to 1000: each use is kept"),
+        ("3/0s", "from 1 second to 366 days"),
+        ("3/367d", "from 1 second to 366 days"),
+        ("3/1w", "s, m, h or d"),
+        ("3/1d burst 5", "only `dry_run` may follow"),
+        ("3/1d dry_run dry_run", "only `dry_run` may follow"),
+        ("customer=3/1d", "quota must be a whole number"),
+    ],
+)
+def test_a_faulty_limit_of_an_event_shows_the_form(text: str, problem: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(problem)) as caught:
+        parse_event_limit(text)
+    assert str(caught.value).endswith('write it like "3/1d" or "3/1d dry_run"')
 
 
 @pytest.mark.parametrize(
