@@ -21,7 +21,7 @@ import structlog
 from relay.errors import QueueUnavailable
 from relay.queue import Claimed, Queue, Result, consumer_name
 from relay.retry import next_delay_ms
-from relay.voucherify import Answer, Verdict
+from relay.verdicts import Answer, Verdict
 
 LOOK_OUT_S = 4.0  # between two looks for dead forwarders: 20 s + 4 s < 30 s
 NAP_S = 1.0  # the longest time without a heartbeat, and without a look at the holds
@@ -238,6 +238,8 @@ class Forwarder:
                 return "rejected", 0
             case Verdict.WAIT:
                 return "wait", answer.retry_after_ms or DEFAULT_PAUSE_MS
+            case Verdict.RENEWED:
+                return "wait", 0
             case Verdict.HOLD:
                 return "wait", HELD_MS
             case Verdict.UNKNOWN if claimed.delivery == "at_most_once":

@@ -2,12 +2,14 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import pytest
 import redis.asyncio
+from pydantic import SecretStr
 
 from relay.errors import QueueUnavailable
 from relay.forwarder import Forwarder
@@ -17,7 +19,8 @@ from relay.queue import Queue, Result, Tick
 from relay.sandbox.app import Sandbox
 from relay.sandbox.config import SandboxConfig
 from relay.sandbox.server import serve_sandbox
-from relay.voucherify import Answer, Voucherify
+from relay.verdicts import Answer, Verdict
+from relay.voucherify import Keys, Voucherify
 from tests.queues import Bench, Clock, event
 from tests.support import eventually
 
@@ -76,8 +79,9 @@ async def delivery(valkey_url: str, prefix: str) -> AsyncIterator[Delivery]:
         queue = Queue(url=valkey_url, prefix=prefix, timeout=5.0)
         upstream = Voucherify(
             base_url=running.url,
-            application_id=config.application_id,
-            token=config.client_token,
+            keys=Keys(
+                app_id=config.application_id, token=SecretStr(config.client_token)
+            ),
             origin="https://shop.example",
             timeout=1.0,
         )
@@ -197,8 +201,7 @@ async def test_the_delivery_table(
 async def test_an_upstream_that_is_not_there_costs_no_event(delivery: Delivery) -> None:
     nowhere = Voucherify(
         base_url="http://127.0.0.1:9",  # discard: nothing listens
-        application_id="a",
-        token="t",
+        keys=Keys(app_id="a", token=SecretStr("t")),
         origin="https://shop.example",
     )
     up, delivery.upstream = delivery.upstream, nowhere
@@ -294,6 +297,69 @@ async def test_an_event_that_is_too_old_expires_instead_of_retrying(
     async with delivery.forwarder():
         await delivery.send("e", ttl_ms=500)
         assert await delivery.settled() == {"expired": 1}
+
+
+class Renewing:
+    """An upstream that has had to renew its token for the first calls."""
+
+    def __init__(self, inner: Voucherify, calls: int) -> None:
+        self.inner = inner
+        self.left = calls
+
+    async def send(self, body: bytes) -> Answer:
+        if not self.left:
+            return await self.inner.send(body)
+        self.left -= 1
+        return Answer(verdict=Verdict.RENEWED, reason="oauth_renewed", status=401)
+
+
+@pytest.mark.parametrize("rule", [PLAIN, PAYING])
+async def test_an_event_whose_token_was_renewed_goes_again_at_once(
+    delivery: Delivery, rule: str
+) -> None:
+    bench, prefix = delivery.bench, delivery.bench.queue.prefix
+    # More often than what opens the breaker, or strikes an event out.
+    upstream = Renewing(delivery.upstream, calls=9)
+    for n in range(3):
+        await delivery.send(f"e{n}", rule)
+    started = time.monotonic()
+    async with delivery.forwarder(upstream=upstream, backoff=_never):
+        assert await delivery.settled() == {"delivered": 3}
+    assert time.monotonic() - started < 2  # no hold, no pause, no backoff
+    assert len(delivery.sandbox.events) == 3
+    assert await bench.client.exists(f"{prefix}:pause:all", f"{prefix}:sent") == 0
+    assert (await bench.gauges())["hold"] == ""
+
+
+def _never(attempt: int, told_ms: int | None) -> int:
+    raise AssertionError(f"attempt {attempt} was spent, told {told_ms}")
+
+
+async def test_an_event_that_waits_for_a_token_keeps_its_attempts(
+    delivery: Delivery,
+) -> None:
+    upstream = Renewing(delivery.upstream, calls=3)
+    delivery.sandbox.fail_next(1, status=400)
+    async with delivery.forwarder(upstream=upstream):
+        await delivery.send("e", PAYING)
+        assert await delivery.settled() == {"rejected": 1}
+    [dead] = await delivery.bench.dead()
+    assert dead["attempts"] == "0"
+
+
+async def test_a_probe_that_renewed_the_token_is_followed_by_another_soon(
+    delivery: Delivery,
+) -> None:
+    flow = f"{delivery.bench.queue.prefix}:flow"
+    await delivery.send("e", PAYING)
+    await delivery.bench.client.hset(
+        flow, mapping={"hold": "auth_hold", "probe_at_ms": 0, "probe_delay_ms": 30_000}
+    )
+    started = time.monotonic()
+    async with delivery.forwarder(upstream=Renewing(delivery.upstream, calls=1)):
+        assert await delivery.settled() == {"delivered": 1}
+    assert 1 <= time.monotonic() - started < 4
+    assert (await delivery.bench.gauges())["hold"] == ""
 
 
 class Stuck:

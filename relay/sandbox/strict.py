@@ -75,13 +75,14 @@ _COMMON = frozenset(
         "authorization",
     }
 )
+_OF_EVENTS = frozenset({"x-voucherify-channel"})
 _ALLOWED = {
     "/client/v1/events": _COMMON | _CLIENT_KEYS | {"origin"},
     "/v1/events": _COMMON | _SERVER_KEYS,
-    oauth.TOKEN_V2: _COMMON,
-    oauth.TOKEN_V1: (_COMMON | _SERVER_KEYS) - {"authorization"},
-    oauth.INTROSPECT: (_COMMON | _SERVER_KEYS) - {"authorization"},
-    oauth.REVOKE: (_COMMON | _SERVER_KEYS) - {"authorization"},
+    oauth.TOKEN_V2: _COMMON - _OF_EVENTS,
+    oauth.TOKEN_V1: (_COMMON | _SERVER_KEYS) - _OF_EVENTS - {"authorization"},
+    oauth.INTROSPECT: (_COMMON | _SERVER_KEYS) - _OF_EVENTS - {"authorization"},
+    oauth.REVOKE: (_COMMON | _SERVER_KEYS) - _OF_EVENTS - {"authorization"},
 }
 
 

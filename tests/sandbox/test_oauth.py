@@ -190,6 +190,26 @@ async def test_v2_needs_its_own_credentials_and_the_project(caller: Caller) -> N
         assert answer.status_code == 401
 
 
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/v1/oauth/token", "x-voucherify-channel"),
+        ("/v1/oauth/token", "authorization"),
+        ("/v1/oauth/token", "x-client-token"),
+        ("/v2/oauth/token", "x-voucherify-channel"),
+        ("/v2/oauth/token", "x-app-token"),
+        ("/v2/oauth/token", "origin"),
+    ],
+)
+async def test_a_token_request_with_more_than_it_needs_is_found(
+    caller: Caller, path: str, name: str
+) -> None:
+    usual = {} if path == "/v2/oauth/token" else KEYS
+    await caller.http.post(caller.url + path, data={}, headers=usual | {name: "x"})
+    details = [found.detail for found in caller.sandbox.unexpected()]
+    assert f"header {name}" in details
+
+
 async def test_a_project_holds_a_bounded_number_of_tokens(caller: Caller) -> None:
     caller.sandbox.configure(oauth_max_tokens=2)
     answers = [(await mint(caller)).status_code for _ in range(3)]
