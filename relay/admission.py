@@ -83,6 +83,10 @@ class Admission:
             key = (str(outcome), reason, "")  # Redis is away and names pile up
         self._refused[key] += 1
 
+    def note(self, field: str) -> None:
+        """Count something that is no outcome, in the minute and the hour."""
+        self._refused["", field, ""] += 1
+
     def submit(self, request: Request) -> asyncio.Future[Reply]:
         """Queue a request's events; the future gives the result or `QueueUnavailable`.
 

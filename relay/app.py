@@ -1,8 +1,13 @@
-"""The public application: the hot route, and Starlette for everything else."""
+"""The public application: the hot routes, and Starlette for everything else."""
 
-from collections.abc import AsyncIterator
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
+import structlog
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -10,56 +15,134 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from relay.admission import Admission
-from relay.assembly import Station, digest_key
+from relay.answers import Beacons, Dialect, Official
+from relay.assembly import (
+    Station,
+    hung_up,
+    make_catalog,
+    make_digests,
+    make_policy,
+)
 from relay.edge import Edge
 from relay.endpoints import Track
+from relay.errors import QueueUnavailable
+from relay.values import SDK_PATH
+
+LOOK_EVERY_S = 1.0  # at the catalogue's file
+
+log = structlog.get_logger()
 
 
 class App:
     """One edge process as an ASGI application, lifespan included."""
 
-    def __init__(self, station: Station) -> None:
+    def __init__(self, station: Station, *, catalog_text: str | None = None) -> None:
         settings = station.settings
         self._station = station
         self._admission = Admission(station.queue)
-        self._edge = Edge(
-            origins=settings.allowed_origins,
-            proxies=settings.trusted_proxies,
-            limits=settings.limits,
-            digest_key=digest_key(settings),
-            ttl_ms=settings.ttl * 1000,
-            allow_no_origin=settings.allow_no_origin,
-        )
-        self._track = Track(
-            edge=self._edge,
-            admission=self._admission,
-            outcomes=station.queue,
-            limits=settings.limits,
-        )
-        self._track_path = settings.path_prefix + settings.track_path
+        self._file = make_catalog(settings, catalog_text)
+        self._told = False  # whether Redis knows the names of the catalogue
+        beacons, official = self._edge(Beacons()), self._edge(Official())
+        self._edges = (beacons, official)
+        self._track, sdk = self._route(beacons), self._route(official)
+        self._tracks = (self._track, sdk)
+        prefix = settings.path_prefix
+        self._routes = {
+            prefix + settings.track_path: self._track,
+            prefix + SDK_PATH: sdk,
+            # A base URL that ends with a slash, which the SDKs do not take off.
+            f"{prefix}/{SDK_PATH}": sdk,
+            f"/{prefix}{SDK_PATH}": sdk,
+        }
         self._rest = Starlette(
             lifespan=self._lifespan,
             exception_handlers={HTTPException: self._http_error},
         )
 
+    def _edge(self, dialect: Dialect) -> Edge:
+        settings = self._station.settings
+        return Edge(
+            origins=settings.allowed_origins,
+            proxies=settings.trusted_proxies,
+            limits=settings.limits,
+            digests=make_digests(settings),
+            policy=make_policy(settings, self._file.catalog),
+            dialect=dialect,
+            allow_no_origin=settings.allow_no_origin,
+        )
+
+    def _route(self, edge: Edge) -> Track:
+        return Track(
+            edge=edge,
+            admission=self._admission,
+            outcomes=self._station.queue,
+            limits=self._station.settings.limits,
+        )
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] == self._track_path:
-            await self._track(scope, receive, send)
+        route = self._routes.get(scope["path"]) if scope["type"] == "http" else None
+        if route is not None:
+            await route(scope, receive, send)
         else:
             await self._rest(scope, receive, send)
 
     @asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
+        self._station.notes = {"catalog": self._catalog_check}
         async with self._station.running():
             await self._admission.start()
-            yield
+            with _on_hangup() as asked:
+                watching = asyncio.create_task(self._watch(asked))
+                try:
+                    yield
+                finally:
+                    watching.cancel()
+                    await asyncio.gather(watching, return_exceptions=True)
             # uvicorn has let go of every request by now.
-            self._track.draining = True
+            for track in self._tracks:
+                track.draining = True
             await self._admission.stop()
+
+    # --- the catalogue ------------------------------------------------------------
+
+    async def _watch(self, asked: asyncio.Event) -> None:
+        """Take a new catalogue when its file changes, or at SIGHUP."""
+        while True:
+            at_once = asked.is_set()
+            asked.clear()
+            try:
+                self._look(at_once=at_once)
+                await self._tell_names()
+            except Exception:
+                # The top of the loop: the catalogue in force stays in force.
+                log.exception("catalog.failed")
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_EVERY_S):
+                    await asked.wait()
+
+    def _look(self, *, at_once: bool) -> None:
+        if self._file.poll(at_once=at_once):
+            policy = make_policy(self._station.settings, self._file.catalog)
+            for edge in self._edges:  # between two requests: none sees half of it
+                edge.policy = policy
+            self._told = False
+
+    async def _tell_names(self) -> None:
+        """Have the catalogue's events counted by name, however rare they are."""
+        if self._told:
+            return
+        with contextlib.suppress(QueueUnavailable):  # then at the next look
+            await self._station.queue.keep_names(self._file.catalog.names)
+            self._told = True
+
+    async def _catalog_check(self) -> str:
+        if not self._file.refused:
+            return "ok"
+        return f"ok, but the old one is in force: {self._file.refused}"
 
     async def _http_error(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)  # noqa: S101  # as registered above
-        said = self._edge.elsewhere(
+        said = self._edges[0].elsewhere(
             request.scope["headers"],
             error.status_code,
             str(error.detail),
@@ -71,3 +154,23 @@ class App:
             (b"content-length", b"%d" % len(said.body)),
         ]
         return response
+
+
+@contextlib.contextmanager
+def _on_hangup() -> Iterator[asyncio.Event]:
+    """An event that SIGHUP sets; with its terminal gone the process ends instead."""
+    asked = asyncio.Event()
+
+    def heard() -> None:
+        if hung_up():
+            os.kill(os.getpid(), signal.SIGTERM)
+        asked.set()
+
+    loop = asyncio.get_running_loop()
+    before = signal.getsignal(signal.SIGHUP)
+    loop.add_signal_handler(signal.SIGHUP, heard)
+    try:
+        yield asked
+    finally:
+        loop.remove_signal_handler(signal.SIGHUP)
+        signal.signal(signal.SIGHUP, before)

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import signal
 import socket
+import termios
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from hashlib import sha256
@@ -16,13 +17,20 @@ from secrets import token_hex
 
 import structlog
 import uvicorn
+from pydantic import SecretStr
 
-from relay.errors import QueueUnavailable, RelayError
+from relay.catalog import Catalog, CatalogError
+from relay.digests import Digests
+from relay.errors import QueueUnavailable, RelayError, SettingsError
 from relay.forwarder import Forwarder
+from relay.grants import EVENT_SCOPES, Grant
 from relay.ops import Check, ops_app
+from relay.policy import Policy
 from relay.queue import Queue
+from relay.reload import CatalogFile
 from relay.settings import Settings
-from relay.voucherify import Voucherify
+from relay.signing import Signer
+from relay.voucherify import Keys, Voucherify, shown_request
 
 REAP_EVERY_S = 2.0  # gauges are promised to be at most five seconds old
 BACKLOG = 2048  # connections that wait to be accepted, as uvicorn has it
@@ -45,14 +53,112 @@ def make_queue(settings: Settings, redis_url: str) -> Queue:
     )
 
 
-def digest_key(settings: Settings) -> bytes:
-    """The key of the digests that stand for people in Redis.
+def make_digests(settings: Settings) -> Digests:
+    """What stands for people in Redis.
 
-    Made from a secret that all relays of a shop share already, so that their limits
+    Keyed with a secret that all relays of a shop share already, so that their limits
     count together; nobody without it can turn a digest back.
     """
-    secret = settings.client_token.get_secret_value()
-    return sha256(b"relay digests\0" + secret.encode()).digest()
+    secret = settings.digest_secret.encode()
+    return Digests(sha256(b"relay digests\0" + secret).digest())
+
+
+def make_signer(settings: Settings) -> Signer | None:
+    """What makes and reads tokens; None when there is no key for it."""
+    if not settings.signing_keys:
+        return None
+    return Signer(settings.signing_keys, ttl_s=settings.token_ttl)
+
+
+def make_catalog(settings: Settings, text: str | None = None) -> CatalogFile:
+    """The catalogue's file. Raises `SettingsError` when it is faulty.
+
+    `text` is a version that was good, for a process that starts late.
+    """
+    try:
+        return CatalogFile(
+            settings.catalog,
+            # An id must be remembered for as long as its event may live.
+            max_ttl_s=max(settings.dedupe_window, settings.ttl),
+            signing=bool(settings.signing_keys),
+            text=text,
+        )
+    except CatalogError as error:
+        raise SettingsError([f"RELAY_CATALOG: {f}" for f in error.faults]) from None
+
+
+def make_policy(settings: Settings, catalog: Catalog) -> Policy:
+    """Who may say what, as settings and catalogue have it."""
+    return Policy(
+        ttl_ms=settings.ttl * 1000,
+        catalog=catalog,
+        signer=make_signer(settings),
+        tokens=settings.tokens,
+        restricted=settings.restricted,
+        gpc=settings.gpc,
+    )
+
+
+def make_upstream(settings: Settings, store: Queue) -> Voucherify:
+    """Voucherify's API with the credentials of the settings; `store` shares tokens."""
+    return Voucherify(
+        base_url=settings.upstream_url,
+        api=settings.upstream_api,
+        origin=_origin(settings),
+        keys=_keys(settings),
+        grant=_grant(settings),
+        store=store,
+        max_connections=settings.concurrency,
+    )
+
+
+def shown_upstream(settings: Settings) -> tuple[str, dict[str, str]]:
+    """The URL and the headers that an event would be sent with, secrets masked."""
+    return shown_request(
+        base_url=settings.upstream_url,
+        api=settings.upstream_api,
+        origin=_origin(settings),
+        keys=_keys(settings),
+        bearer=_grant(settings) is not None,
+    )
+
+
+def _origin(settings: Settings) -> str | None:
+    return settings.origin if settings.upstream_api == "client" else None
+
+
+def _keys(settings: Settings) -> Keys | None:
+    if "keys" not in settings.auth:
+        return None
+    if settings.upstream_api == "client":
+        return Keys(
+            app_id=settings.client_application_id, token=_given(settings.client_token)
+        )
+    return Keys(app_id=settings.server_app_id, token=_given(settings.server_app_token))
+
+
+def _grant(settings: Settings) -> Grant | None:
+    if "oauth" not in settings.auth:
+        return None
+    if settings.auth == "oauth2":
+        return Grant(
+            version=2,
+            app_id=settings.oauth_app_id,
+            secret=_given(settings.oauth_app_secret),
+            scope=settings.oauth_scope,
+            project_id=settings.oauth_project_id,
+        )
+    return Grant(
+        version=1,
+        app_id=settings.server_app_id,
+        secret=_given(settings.server_app_token),
+        scope=settings.oauth_scope or EVENT_SCOPES[settings.upstream_api],
+    )
+
+
+def _given(secret: SecretStr | None) -> SecretStr:
+    assert secret is not None  # noqa: S101  # load_settings requires it
+    return secret
 
 
 class Station:
@@ -70,16 +176,11 @@ class Station:
         self.settings = settings
         self.queue = make_queue(settings, redis_url)
         self.draining = False
+        self.notes: dict[str, Check] = {}  # what else `/readyz` has to say
         self._upstream: Voucherify | None = None
         self._forwarder: Forwarder | None = None
         if forward:
-            self._upstream = Voucherify(
-                base_url=settings.upstream_url,
-                application_id=settings.client_application_id,
-                token=settings.client_token,
-                origin=settings.origin,
-                max_connections=settings.concurrency,
-            )
+            self._upstream = make_upstream(settings, self.queue)
             self._forwarder = Forwarder(
                 queue=self.queue,
                 upstream=self._upstream,
@@ -123,7 +224,7 @@ class Station:
     # --- readiness ----------------------------------------------------------------
 
     def checks(self) -> dict[str, Check]:
-        return {"redis": self._redis_check, "queue": self._queue_check}
+        return {"redis": self._redis_check, "queue": self._queue_check} | self.notes
 
     async def _redis_check(self) -> str:
         if self._unfit is not None:
@@ -188,7 +289,11 @@ class Station:
             yield
             return
         config = uvicorn.Config(
-            ops_app(self.checks()),
+            ops_app(
+                self.checks(),
+                signer=make_signer(self.settings),
+                token=self.settings.ops_token,
+            ),
             lifespan="off",
             access_log=False,
             log_config=None,
@@ -197,6 +302,19 @@ class Station:
         )
         async with served(config, self._ops_socket):
             yield
+
+
+def hung_up() -> bool:
+    """Whether the terminal that this process was started from is gone."""
+    for fd in range(3):
+        try:
+            termios.tcgetattr(fd)
+        except termios.error as error:
+            if error.args[0] == errno.EIO:  # ENOTTY: it never was one
+                return True
+        except OSError:
+            continue
+    return False
 
 
 class _QuietServer(uvicorn.Server):

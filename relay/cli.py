@@ -7,12 +7,15 @@ Each command imports what it runs: all of it takes a second, and most need littl
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import secrets
 import signal
 import sys
-from collections.abc import Iterator
-from typing import Annotated
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import structlog
 import typer
@@ -20,9 +23,16 @@ import typer
 from relay import __version__, logs
 from relay.embedded import EmbeddedServer, running_url
 from relay.errors import QueueUnavailable, RelayError, SettingsError
+from relay.limits import parse_duration
 from relay.settings import Role, Settings, load_settings
 
-FAILED, USAGE = 1, 2
+if TYPE_CHECKING:  # all of it takes a second to import
+    from relay.catalog import Catalog
+    from relay.queue import Queue
+
+T = TypeVar("T")
+
+FAILED, USAGE, CHECK_FAILED = 1, 2, 3
 STOPS = (signal.SIGTERM, signal.SIGINT)
 
 app = typer.Typer(
@@ -33,6 +43,14 @@ app = typer.Typer(
     "variables or a .env file; docs/settings.md lists them.",
 )
 
+catalog_app = typer.Typer(
+    no_args_is_help=True, help="The event catalogue: docs/catalog.md."
+)
+app.add_typer(catalog_app, name="catalog")
+
+CatalogPath = Annotated[
+    Path | None, typer.Argument(help="The file; default: RELAY_CATALOG.")
+]
 Workers = Annotated[
     int, typer.Option(min=1, max=64, help="Processes that take and deliver events.")
 ]
@@ -49,9 +67,11 @@ def serve(workers: Workers = 1, no_forwarder: NoForwarder = False) -> None:
     Without RELAY_REDIS_URL it runs a private Valkey under RELAY_DATA_DIR.
     """
     _leave_on_signals()
+    from relay.assembly import make_catalog
     from relay.serving import serve_many, serve_one
 
     settings = _settings(Role.EDGE if no_forwarder else Role.SERVE)
+    make_catalog(settings)  # a faulty one ends it here, before anything is started
     forward = not no_forwarder
 
     def announce(where: str, ready: str) -> None:
@@ -132,17 +152,9 @@ def sandbox(
 @app.command()
 def stats(*, as_json: AsJson = False) -> None:
     """Show what is queued, what became of every event, and what holds delivery."""
-    settings = _settings(Role.READ)
-    try:
-        shown = asyncio.run(_read_stats(settings))
-    except QueueUnavailable as error:
-        where = (
-            "at RELAY_REDIS_URL"
-            if settings.redis_url
-            else f"in {settings.data_dir} (RELAY_DATA_DIR; or set RELAY_REDIS_URL)"
-        )
-        msg = f"{error.detail} Does the relay run, and keep its events {where}?"
-        raise RelayError(msg) from error
+    from relay.counters import stats as read_stats
+
+    shown = asyncio.run(_on_queue(_settings(Role.READ), read_stats))
     if as_json:
         typer.echo(json.dumps(shown, indent=2))
     else:
@@ -150,8 +162,203 @@ def stats(*, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def explain(
+    file: Annotated[
+        str, typer.Argument(help="A file with an event, or several; - for stdin.")
+    ],
+    origin: Annotated[
+        str | None,
+        typer.Option(help="The page's origin; default: the first allowed one."),
+    ] = None,
+    route: Annotated[
+        str, typer.Option(help="track, or sdk for Voucherify's own clients.")
+    ] = "track",
+    token: Annotated[
+        str | None, typer.Option(help="A file with a token of the whole request.")
+    ] = None,
+    *,
+    no_origin: Annotated[
+        bool, typer.Option("--no-origin", help="As if no page had sent it.")
+    ] = False,
+    gpc: Annotated[
+        bool, typer.Option("--gpc", help="As if the browser sent Sec-GPC: 1.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show each decision about an event, and what Voucherify would get. Sends nothing.
+
+    Exit code 3 when an event of it would be refused.
+    """
+    from relay.explain import DIALECTS, Request, lines
+    from relay.explain import explain as explained
+
+    if route not in DIALECTS:
+        raise typer.BadParameter("track or sdk.", param_hint="--route")
+    settings = _settings(Role.SERVE)
+    exact = [p for p in settings.allowed_origins.patterns if "*" not in p]
+    told = explained(
+        settings,
+        _read_file(file),
+        Request(
+            route=route,
+            origin=None if no_origin else origin or next(iter(exact), None),
+            token=_read_file(token).decode("latin-1").strip() if token else None,
+            gpc=gpc,
+        ),
+        now=time.time(),
+    )
+    typer.echo(json.dumps(told, indent=2) if as_json else "\n".join(lines(told)))
+    if any(step["verdict"] == "refused" for step in _steps(told)):
+        sys.exit(CHECK_FAILED)
+
+
+def _steps(told: dict[str, Any]) -> list[dict[str, str]]:
+    events = [step for event in told["events"] for step in event["steps"]]
+    return [*told["request"], *events]
+
+
+def _read_file(name: str) -> bytes:
+    if name == "-":
+        return sys.stdin.buffer.read()
+    try:
+        return Path(name).read_bytes()
+    except OSError as error:
+        msg = f"{name} cannot be read ({error.strerror}): correct the path."
+        raise RelayError(msg) from error
+
+
+@app.command()
+def forget(
+    customer: Annotated[
+        str, typer.Argument(help="A source_id, or an id of Voucherify (cust_…).")
+    ],
+    *,
+    as_json: AsJson = False,
+) -> None:
+    """Erase one person from queue, delayed events and dead letters; prints counts.
+
+    Exit code 1 while an event is on its way: ask again in a minute.
+    """
+    settings = _settings(Role.READ)
+    if not customer:
+        raise typer.BadParameter("say whom: a source_id or an id, not empty.")
+    erased = asyncio.run(
+        _on_queue(settings, lambda queue: _erase(queue, settings, customer))
+    )
+    if as_json:
+        typer.echo(json.dumps(erased))
+    else:
+        for name, n in erased.items():
+            typer.echo(f"{n:>7}  {ERASED[name]}")
+    if erased["in_flight"]:
+        sys.exit(FAILED)
+
+
+async def _erase(queue: "Queue", settings: Settings, customer: str) -> dict[str, int]:
+    from relay.assembly import make_digests
+    from relay.erasure import forget as erase
+
+    if not settings.digest_secret:
+        raise RelayError(
+            "The digests in limits and marks are keyed with the first secret of "
+            "RELAY_AUTH, usually RELAY_CLIENT_TOKEN: set it as for the relay itself."
+        )
+    digests = make_digests(settings)
+    known = [digests.customer(id=customer), digests.customer(source_id=customer)]
+    erased = await erase(queue, customer, digests=known)
+    if settings.redis_url is None:
+        # Else the file keeps for long what is gone from memory. A Redis of somebody
+        # else is not ours to keep busy; docs/operations.md says what to do there.
+        await queue.rewrite_log()
+    return dataclasses.asdict(erased)
+
+
+@app.command()
+def token(
+    source_id: Annotated[str, typer.Argument(help="Whose token it is.")],
+    event: Annotated[
+        list[str] | None, typer.Option(help="An event it may send; default: any.")
+    ] = None,
+    origin: Annotated[
+        str | None, typer.Option(help="The only origin whose pages may use it.")
+    ] = None,
+    ttl: Annotated[
+        str | None, typer.Option(help="How long it counts: 15m, 24h. RELAY_TOKEN_TTL.")
+    ] = None,
+    uses: Annotated[
+        int | None, typer.Option(min=1, help="How many events it may send in all.")
+    ] = None,
+    *,
+    as_json: AsJson = False,
+) -> None:
+    """Make a signed token with the newest of RELAY_SIGNING_KEYS.
+
+    docs/tokens.md tells what it says and how a shop's backend makes one itself.
+    """
+    from relay.assembly import make_signer
+
+    signer = make_signer(_settings(Role.READ))
+    if signer is None:
+        raise RelayError("There is no key to sign with: set RELAY_SIGNING_KEYS.")
+    try:
+        made, expires_at = signer.sign(
+            source_id=source_id,
+            events=event or None,
+            origin=origin,
+            ttl_s=parse_duration(ttl) if ttl is not None else None,
+            uses=uses,
+            now=time.time(),
+        )
+    except ValueError as error:
+        raise typer.BadParameter(f"{error}.") from None
+    if as_json:
+        typer.echo(json.dumps({"token": made, "expires_at": expires_at}))
+    else:
+        typer.echo(made)
+
+
+@catalog_app.command("check")
+def catalog_check(file: CatalogPath = None) -> None:
+    """Read a catalogue as the relay would, and say what is wrong with it."""
+    loaded = _catalog(file)
+    for warning in loaded.warnings:
+        typer.echo(f"warning: {warning}")
+    typer.echo(
+        f"{len(loaded.names)} events; others: {loaded.unlisted}. Nothing is wrong."
+    )
+
+
+@catalog_app.command("types")
+def catalog_types(file: CatalogPath = None) -> None:
+    """Print TypeScript types of the catalogue's events, for users of the snippet."""
+    from relay.typescript import declarations
+
+    typer.echo(declarations(_catalog(file)), nl=False)
+
+
+def _catalog(file: Path | None) -> "Catalog":
+    from relay.catalog import CatalogError
+    from relay.reload import CatalogFile
+
+    settings = _settings(Role.READ)
+    path = file or settings.catalog
+    if path is None:
+        raise RelayError("Name the catalogue's file, or set RELAY_CATALOG.")
+    try:
+        # A file by itself tells nothing of keys: whether there are some is checked
+        # when the relay starts.
+        return CatalogFile(
+            path, max_ttl_s=max(settings.dedupe_window, settings.ttl), signing=True
+        ).catalog
+    except CatalogError as error:
+        lines = "\n".join(f"  {fault}" for fault in error.faults)
+        msg = f"The catalogue {path} is not right:\n{lines}"
+        raise RelayError(msg) from None
+
+
+@app.command()
 def keygen() -> None:
-    """Print a new random key, for RELAY_OPS_TOKEN and the like."""
+    """Print a new random key, for RELAY_SIGNING_KEYS or RELAY_OPS_TOKEN."""
     typer.echo(secrets.token_urlsafe(32))
 
 
@@ -184,6 +391,7 @@ def _leave_on_signals() -> None:
     for sign in STOPS:
         signal.signal(sign, _leave)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+        # An edge that is up takes it for "read the catalogue again" (app.py).
         signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
 
 
@@ -236,8 +444,8 @@ def _judge_redis(settings: Settings, url: str) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
 
 
-async def _read_stats(settings: Settings) -> dict[str, object]:
-    from relay.counters import stats as read_stats
+async def _on_queue(settings: Settings, work: Callable[["Queue"], Awaitable[T]]) -> T:
+    """Do something with the queue, wherever it is; say where it was looked for."""
     from relay.queue import Queue
 
     url = (
@@ -247,7 +455,15 @@ async def _read_stats(settings: Settings) -> dict[str, object]:
     )
     queue = Queue(url=url, prefix=settings.redis_prefix)
     try:
-        return await read_stats(queue)
+        return await work(queue)
+    except QueueUnavailable as error:
+        where = (
+            "at RELAY_REDIS_URL"
+            if settings.redis_url
+            else f"in {settings.data_dir} (RELAY_DATA_DIR; or set RELAY_REDIS_URL)"
+        )
+        msg = f"{error.detail} Does the relay run, and keep its events {where}?"
+        raise RelayError(msg) from error
     finally:
         await queue.aclose()
 
@@ -295,4 +511,15 @@ CURES = {
     "config_hold": "This is not the API the relay speaks: check RELAY_CLUSTER.",
     "breaker_open": "Voucherify is down or unreachable: see its status page; the "
     "relay tries again by itself.",
+}
+
+# What `relay forget` counts, in words.
+ERASED = {
+    "waiting": "events that waited, now dropped",
+    "delayed": "events that waited for another try, now dropped",
+    "dead": "dead letters, gone",
+    "spooled": "events in the spool (this version has none)",
+    "marks": "marks of limits and ids, gone",
+    "in_flight": "events on their way, left alone: ask again in a minute",
+    "mentions": "events of others that name this person as referrer, left alone",
 }

@@ -2,38 +2,33 @@
 
 Knows neither ASGI nor Redis nor a clock, so any server can sit in front of it. In
 the order a request meets them: method, origin, content type, size, then per event
-the schema. What is refused changes nothing but counters; each `Response` names the
-refusals that are to be counted.
+the schema and the policy. What is refused changes nothing but counters; each
+`Response` names the refusals that are to be counted.
 """
 
 import re
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
-from hashlib import blake2b
 from itertools import count
 from secrets import token_hex
 
-import msgspec
-
 from relay.addresses import TrustedProxies, address_key, client_address
-from relay.events import Event, Invalid, read_body, read_event, upstream_body
+from relay.answers import DONE, STATUS, Beacons, Dialect, Entry, Header, Response
+from relay.digests import Digests
+from relay.events import Event, Invalid, Refused, read_body, read_event, upstream_body
 from relay.limits import Limit, policy_header
 from relay.origins import AllowedOrigins
 from relay.outcomes import Outcome
+from relay.policy import Policy, Sender, Special
 
 # Fetch allows 64 KiB of keepalive bodies in flight for a page, so a larger beacon
 # never leaves the browser. https://fetch.spec.whatwg.org/#http-network-or-cache-fetch
 MAX_BODY_BYTES = 64 * 1024
 MAX_WAIT_S = 30  # of `Prefer: wait`
 
-Header = tuple[bytes, bytes]
-
-_TYPES = {b"application/json", b"text/plain", b""}
 _CODINGS = {b"identity": False, b"gzip": True, b"x-gzip": True}  # RFC 9110, 8.4.1.3
-_JSON = (b"content-type", b"application/json")
-_PROBLEM = (b"content-type", b"application/problem+json")
 # RFC 7240: names in any case, blanks around "=", the first of several counts.
 _WAIT = re.compile(rb"(?:^|[,;\s])wait\s*=\s*(\d+)(?:$|[,;\s])", re.IGNORECASE)
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9_.-]{1,64}\Z")
@@ -43,22 +38,24 @@ _EXPOSED = (
 )
 # Browsers ask again after this long; Chromium caps it at two hours.
 _PREFLIGHT_S = b"7200"
+# A 401 names a scheme (RFC 9110, 11.6.1); browsers show no dialog for one that they
+# do not know.
+_CHALLENGE = (b"www-authenticate", b"Relay-Token")
 
 # For the commit script: id, whether the sender chose it, customer digest, name, lane,
-# delivery rule, ttl in ms, the body for Voucherify.
-Queueable = tuple[str, bool, str, str, str, str, int, str]
-
-Refusal = tuple[Outcome, str, str]  # outcome, reason, event name or ""
+# delivery rule, ttl in ms, the body for Voucherify, what else is to be counted.
+Queueable = tuple[str, bool, str, str, str, str, int, str, Special | None]
 
 
-@dataclass(slots=True)
-class Response:
-    """An answer, and the refusals it stands for."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fate:
+    """What admission says of one event."""
 
-    status: int
-    headers: list[Header]
-    body: bytes = b""
-    refusals: list[Refusal] = field(default_factory=list)
+    status: str  # queued, duplicate, coalesced, unavailable or a refusing outcome
+    reason: str = ""
+    detail: str = ""
+    retry_after: int = 0  # seconds
+    outcome: dict[str, object] | None = None  # known by now: Prefer: wait
 
 
 @dataclass(slots=True)
@@ -68,38 +65,29 @@ class Head:
     request_id: bytes
     cors: tuple[Header, ...]
     address: str  # digest of the client's address, for limits only
+    sender: Sender
     gzip: bool
     length: int  # as announced, -1 when it is not
     wait_s: int  # Prefer: wait
 
 
 @dataclass(slots=True)
-class Admission:
+class Admitted:
     """Sound events, ready for the queue, and the fate of the others."""
 
     head: Head
     events: list[Queueable]
-    invalid: dict[int, Invalid]  # by the place in the sender's body
+    refused: dict[int, Refused]  # by the place in the sender's body
     several: bool
+    said: Event | None = None  # the last one, for answers that repeat it
 
     @property
     def request(self) -> tuple[str, list[Queueable]]:
         return self.head.address, self.events
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fate:
-    """What admission says of one event."""
-
-    status: str  # queued, duplicate, unavailable or a refusing outcome
-    reason: str = ""
-    detail: str = ""
-    retry_after: int = 0  # seconds
-    outcome: dict[str, object] | None = None  # known by now: Prefer: wait
-
-
 class Edge:
-    """The decision for one set of rules; computes once what no request changes."""
+    """The decision for one route; computes once what no request changes."""
 
     def __init__(
         self,
@@ -107,23 +95,25 @@ class Edge:
         origins: AllowedOrigins,
         proxies: TrustedProxies,
         limits: Sequence[Limit],
-        digest_key: bytes,
-        ttl_ms: int,
+        digests: Digests,
+        policy: Policy,
+        dialect: Dialect | None = None,
         allow_no_origin: bool = False,
     ) -> None:
+        self.policy = policy  # replaced when the catalogue changes
+        self._dialect = dialect or Beacons()
         self._origins = origins
         self._proxies = proxies
         self._allow_no_origin = allow_no_origin
-        self._ttl_ms = ttl_ms
         self._limits = tuple(limits)
         # Empty when nothing is enforced: a field of no members is not sent (RFC 9651).
-        policy = policy_header(limits).encode()
-        self._policy = [(b"ratelimit-policy", policy)] if policy else []
+        told = policy_header(limits).encode()
+        self._limits_told = [(b"ratelimit-policy", told)] if told else []
         # Ids must differ from those of every other process, past and future.
         self._ids = count()
         self._boot = token_hex(8)
-        self._key = blake2b(digest_key, digest_size=32).digest()
-        self._address_digest = lru_cache(16_384)(self._digest)
+        self._customer_digest = digests.customer
+        self._address_digest = lru_cache(16_384)(digests.address)
 
     # --- before the body ----------------------------------------------------------
 
@@ -132,6 +122,7 @@ class Edge:
     ) -> Head | Response:
         """Judge a request by its headers; the body is not needed for a refusal."""
         origin = content_type = encoding = length = prefer = asked_id = None
+        token = gpc = None
         forwarded: list[bytes] = []
         for name, value in headers:
             if name == b"origin":
@@ -148,6 +139,10 @@ class Edge:
                 prefer = value if prefer is None else prefer + b"," + value
             elif name == b"x-request-id":
                 asked_id = value
+            elif name == b"relay-token":
+                token = value
+            elif name == b"sec-gpc":
+                gpc = value
         request_id = self._request_id(asked_id, peer)
         allowed = self._allow_no_origin if origin is None else self._allows(origin)
         cors = self._cors(origin if allowed else None)
@@ -163,20 +158,24 @@ class Edge:
                 "Events are sent with POST.",
                 (b"allow", b"POST, OPTIONS"),
             )
-        if not allowed:
+        # Without an Origin a token may do, and it is in the body.
+        if not allowed and (origin is not None or self.policy.signer is None):
             return self._problem(
                 request_id, cors, 403, Outcome.FORBIDDEN, "origin", _say_origin(origin)
             )
         kind = (content_type or b"").partition(b";")[0].strip().lower()
-        if kind not in _TYPES:
+        if kind not in self._dialect.content_types:
+            taken = sorted(
+                kind.decode() for kind in self._dialect.content_types if kind
+            )
             return self._problem(
                 request_id,
                 cors,
                 415,
                 Outcome.INVALID,
                 "content_type",
-                "Send JSON as application/json or text/plain.",
-                (b"accept-post", b"application/json, text/plain"),
+                f"Send JSON as {' or '.join(taken)}.",
+                (b"accept-post", ", ".join(taken).encode()),
             )
         coding = (encoding or b"identity").strip().lower()
         if coding not in _CODINGS:
@@ -196,12 +195,20 @@ class Edge:
             request_id=request_id,
             cors=cors,
             address=self._address_digest(
-                b"a", address_key(client_address(peer, forwarded, self._proxies))
+                address_key(client_address(peer, forwarded, self._proxies))
+            ),
+            sender=Sender(
+                origin=origin.decode("latin-1") if origin is not None else None,
+                allowed=allowed,
+                token=token.decode("latin-1") if token else None,
+                gpc=gpc == b"1",
             ),
             gzip=_CODINGS[coding],
             length=announced,
             wait_s=min(int(wanted[1][:9]), MAX_WAIT_S) if wanted else 0,
         )
+        if forwarded and not self._proxies.trusts(peer):
+            head.sender.notes.append("untrusted_proxy")
         return self.too_large(head) if announced > MAX_BODY_BYTES else head
 
     def _allows(self, origin: bytes) -> bool:
@@ -247,10 +254,7 @@ class Edge:
             [
                 *cors,
                 (b"access-control-allow-methods", b"POST"),
-                (
-                    b"access-control-allow-headers",
-                    b"content-type, content-encoding, prefer",
-                ),
+                (b"access-control-allow-headers", self._dialect.request_headers),
                 (b"access-control-max-age", _PREFLIGHT_S),
                 (b"x-request-id", request_id),
             ],
@@ -258,7 +262,7 @@ class Edge:
 
     # --- the body ------------------------------------------------------------------
 
-    def body(self, head: Head, body: bytes) -> Admission | Response:
+    def body(self, head: Head, body: bytes, *, now: float) -> Admitted | Response:
         """Judge the events. A whole body that cannot be read counts as one event."""
         if head.gzip:
             inflated = inflate(body)
@@ -271,47 +275,39 @@ class Edge:
             read = read_body(body)
         except Invalid as invalid:
             return self._whole(head, invalid)
-        admission = Admission(head, [], {}, read.several)
+        if read.several and not self._dialect.batches:
+            return self._whole(head, _ONE_ONLY)
+        if read.token is not None:
+            head.sender.token = read.token
+        admitted = Admitted(head, [], {}, read.several)
         for place, raw in enumerate(read.events):
             try:
-                admission.events.append(self._admit(read_event(raw)))
-            except Invalid as invalid:
-                admission.invalid[place] = invalid
-        return admission if admission.events else self._refuse_all(admission)
+                admitted.said = event = read_event(raw)
+                admitted.events.append(self._admit(event, head.sender, now))
+            except Refused as refused:
+                admitted.refused[place] = refused
+        return admitted if admitted.events else self.answer(admitted, (), None)
 
-    def _admit(self, event: Event) -> Queueable:
-        given = event.id is not None
-        event_id = event.id or self._new_id()
-        who = event.customer
-        customer = (
-            self._digest(b"i", who.id) if who.id else self._digest(b"s", who.source_id)
-        )
-        lane = "normal"
-        # Points and referrals are money: never a second delivery that might be one.
-        paying = event.loyalty is not None or event.referral is not None
-        delivery = "at_most_once" if paying else "at_least_once"
+    def _admit(self, event: Event, sender: Sender, now: float) -> Queueable:
+        ruling = self.policy.judge(event, sender, now=now)
+        who = ruling.customer
         return (
-            event_id,
-            given,
-            customer,
+            event.id or self._new_id(),
+            event.id is not None,
+            self._customer_digest(id=who.id, source_id=who.source_id),
             event.event,
-            lane,
-            delivery,
-            self._ttl_ms,
-            upstream_body(event).decode(),
+            ruling.lane,
+            ruling.delivery,
+            ruling.ttl_ms,
+            upstream_body(event, who).decode(),
+            ruling.special,
         )
-
-    def _digest(self, kind: bytes, value: str | None) -> str:
-        """What stands for a person in keys: bounded, keyed, not to be turned back."""
-        return blake2b(
-            kind + (value or "").encode(), key=self._key, digest_size=9
-        ).hexdigest()
 
     # --- answers ---------------------------------------------------------------------
 
     def answer(
         self,
-        admission: Admission,
+        admitted: Admitted,
         fates: Sequence[Fate],
         limit: tuple[int, int, int] | None,
     ) -> Response:
@@ -319,52 +315,46 @@ class Edge:
 
         `limit` is the tightest one: its index, what is left, microseconds until more.
         """
-        entries: list[dict[str, object]] = []
-        known = iter(zip(admission.events, fates, strict=True))
+        entries: list[Entry] = []
+        known = iter(zip(admitted.events, fates, strict=True))
         accepted = False
         retry_after = 0
         worst = 400
-        for place in range(len(admission.events) + len(admission.invalid)):
-            if (invalid := admission.invalid.get(place)) is not None:
-                entries.append(self._invalid_entry(invalid))
-                continue
-            event, fate = next(known)
-            entry: dict[str, object] = {"id": event[0], "status": fate.status}
-            if fate.status in _DONE:
+        for place in range(len(admitted.events) + len(admitted.refused)):
+            if (refused := admitted.refused.get(place)) is not None:
+                entry = self._refused_entry(refused)
+            else:
+                event, fate = next(known)
+                entry = _entry(event[0], fate)
+                retry_after = max(retry_after, fate.retry_after)
+            entries.append(entry)
+            if entry["status"] in DONE:
                 accepted = True
             else:
-                entry["reason"] = fate.reason
-                entry["detail"] = fate.detail
-                if fate.retry_after:
-                    entry["retry_after"] = fate.retry_after
-                retry_after = max(retry_after, fate.retry_after)
-                worst = max(worst, _STATUS[fate.status])
-            if fate.outcome is not None:
-                entry.update(fate.outcome)
-            entries.append(entry)
+                worst = max(worst, STATUS[str(entry["status"])])
         extra = self._limit_headers(limit)
         if retry_after:
             extra.append((b"retry-after", b"%d" % retry_after))
-        if admission.head.wait_s:
-            extra.append((b"preference-applied", b"wait=%d" % admission.head.wait_s))
-        refusals = [
-            (Outcome.INVALID, invalid.reason, invalid.name)
-            for invalid in admission.invalid.values()
-        ]
-        if not accepted:
-            response = self._all_refused(admission, worst, entries, extra)
-            response.refusals = refusals
-            return response
-        head = admission.head
+        head = admitted.head
+        if head.wait_s:
+            extra.append((b"preference-applied", b"wait=%d" % head.wait_s))
+        if accepted:
+            status, kind, body = self._dialect.accept(entries, admitted.said)
+        else:
+            status = worst
+            kind, body = self._all_refused(admitted, worst, entries)
+            if worst == 401:
+                extra.append(_CHALLENGE)
         return Response(
-            202,
-            [*head.cors, *extra, _JSON, (b"x-request-id", head.request_id)],
-            _json({"events": entries}),
-            refusals,
+            status,
+            [*head.cors, *extra, kind, (b"x-request-id", head.request_id)],
+            body,
+            [(r.outcome, r.reason, r.name) for r in admitted.refused.values()],
+            head.sender.notes,
         )
 
     def unavailable(
-        self, admission: Admission, reason: str, detail: str, retry_after: int
+        self, admitted: Admitted, reason: str, detail: str, retry_after: int
     ) -> Response:
         """503: nothing was taken, or nobody knows.
 
@@ -374,7 +364,7 @@ class Edge:
         fate = Fate(
             status="unavailable", reason=reason, detail=detail, retry_after=retry_after
         )
-        return self.answer(admission, [fate] * len(admission.events), None)
+        return self.answer(admitted, [fate] * len(admitted.events), None)
 
     def too_large(self, head: Head) -> Response:
         """413, decided on the announced, the read or the inflated size."""
@@ -419,7 +409,7 @@ class Edge:
             elif name == b"x-request-id":
                 asked = value
         allowed = len(origins) == 1 and self._allows(origins[0])
-        return _document(
+        return self._document(
             self._request_id(asked, peer),
             self._cors(origins[0] if allowed else None),
             status,
@@ -450,51 +440,36 @@ class Edge:
             invalid.detail,
         )
 
-    def _refuse_all(self, admission: Admission) -> Response:
-        return self.answer(admission, (), None)
-
     def _all_refused(
-        self,
-        admission: Admission,
-        status: int,
-        entries: list[dict[str, object]],
-        extra: list[Header],
-    ) -> Response:
-        head, first = admission.head, entries[0]
-        if status != 400:  # the refusal that decides is the one to be shown
-            first = next(e for e in entries if _STATUS[str(e["status"])] == status)
-        body: dict[str, object] = _problem_body(
-            status, str(first["reason"]), str(first["detail"])
-        )
-        if admission.several:
-            body["detail"] = (
-                f"None of the {len(entries)} events was accepted: {first['detail']}"
-            )
-            body["events"] = entries
-        else:
-            body["id"] = first["id"]
-        return Response(
+        self, admitted: Admitted, status: int, entries: list[Entry]
+    ) -> tuple[Header, bytes]:
+        # The refusal that decides is the one to be shown.
+        first = next(e for e in entries if STATUS[str(e["status"])] == status)
+        return self._dialect.refuse(
             status,
-            [*head.cors, *extra, _PROBLEM, (b"x-request-id", head.request_id)],
-            _json(body),
+            str(first["reason"]),
+            str(first["detail"]),
+            request_id=admitted.head.request_id,
+            entries=entries if admitted.several else [first],
+            several=admitted.several,
         )
 
-    def _invalid_entry(self, invalid: Invalid) -> dict[str, object]:
+    def _refused_entry(self, refused: Refused) -> Entry:
         return {
-            "id": invalid.id or self._new_id(),
-            "status": str(Outcome.INVALID),
-            "reason": invalid.reason,
-            "detail": invalid.detail,
+            "id": refused.id or self._new_id(),
+            "status": str(refused.outcome),
+            "reason": refused.reason,
+            "detail": refused.detail,
         }
 
     def _limit_headers(self, limit: tuple[int, int, int] | None) -> list[Header]:
         if limit is None or limit[0] < 0:
-            return [*self._policy]
+            return [*self._limits_told]
         which, left, reset_us = limit
         name = self._limits[which].dimension
         until = -(-reset_us // 1_000_000)
         return [
-            *self._policy,
+            *self._limits_told,
             (b"ratelimit", f'"{name}";r={left};t={until}'.encode()),
         ]
 
@@ -508,64 +483,38 @@ class Edge:
         detail: str,
         *extra: Header,
     ) -> Response:
-        response = _document(
-            request_id, cors, status, reason, detail, *extra, *self._policy
+        response = self._document(
+            request_id, cors, status, reason, detail, *extra, *self._limits_told
         )
         if outcome is not None:
             response.refusals.append((outcome, reason, ""))
         return response
 
-
-_json = msgspec.json.Encoder().encode
-_DONE = {"queued", "duplicate", "coalesced"}
-# The status when every event was refused: the highest of these, so that a sender
-# who can still get something in by waiting is told to wait.
-_STATUS = {
-    "invalid": 400,
-    "unauthenticated": 401,
-    "forbidden": 403,
-    "rate_limited": 429,
-    "unavailable": 503,
-}
-_TITLES = {
-    400: "The event is not valid",
-    401: "Not identified",
-    403: "Not allowed",
-    404: "Nothing here",
-    405: "Wrong method",
-    408: "Too slow",
-    413: "Too large",
-    415: "Unknown format",
-    429: "Too many events",
-    500: "Internal fault",
-    503: "Not now",
-}
+    def _document(
+        self,
+        request_id: bytes,
+        cors: tuple[Header, ...],
+        status: int,
+        reason: str,
+        detail: str,
+        *extra: Header,
+    ) -> Response:
+        kind, body = self._dialect.refuse(status, reason, detail, request_id=request_id)
+        return Response(
+            status, [*cors, *extra, kind, (b"x-request-id", request_id)], body
+        )
 
 
-def _problem_body(status: int, reason: str, detail: str) -> dict[str, object]:
-    """A problem document (RFC 9457); `type` names the reason, not a page."""
-    return {
-        "type": f"urn:voucherify-relay:problem:{reason}",
-        "title": _TITLES.get(status, "Refused"),
-        "status": status,
-        "detail": detail,
-        "reason": reason,
-    }
-
-
-def _document(
-    request_id: bytes,
-    cors: tuple[Header, ...],
-    status: int,
-    reason: str,
-    detail: str,
-    *extra: Header,
-) -> Response:
-    return Response(
-        status,
-        [*cors, *extra, _PROBLEM, (b"x-request-id", request_id)],
-        _json(_problem_body(status, reason, detail)),
-    )
+def _entry(event_id: str, fate: Fate) -> Entry:
+    entry: Entry = {"id": event_id, "status": fate.status}
+    if fate.reason:
+        entry["reason"] = fate.reason
+        entry["detail"] = fate.detail
+        if fate.retry_after:
+            entry["retry_after"] = fate.retry_after
+    if fate.outcome is not None:
+        entry.update(fate.outcome)
+    return entry
 
 
 def _say_origin(origin: bytes | None) -> str:
@@ -596,4 +545,7 @@ def inflate(body: bytes) -> bytes | Invalid | None:
 
 _BAD_GZIP = Invalid(
     "bad_gzip", "The body is not one whole gzip stream: compress it again."
+)
+_ONE_ONLY = Invalid(
+    "one_event", "This route takes one event a request: send the others by themselves."
 )

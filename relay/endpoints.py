@@ -11,19 +11,30 @@ size of headers or the time they take; a proxy in front does.
 
 import asyncio
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import structlog
 from starlette.types import Receive, Scope, Send
 
 from relay.admission import Admission
-from relay.edge import MAX_BODY_BYTES, Edge, Fate, Head, Response
-from relay.edge import Admission as Admitted
+from relay.answers import Response
+from relay.edge import MAX_BODY_BYTES, Admitted, Edge, Fate, Head
 from relay.errors import QueueUnavailable
 from relay.limits import Limit
 from relay.outcomes import Outcome
-from relay.queue import DUPLICATE, LIMITED, NO_ROOM, QUEUED, Event, Reply
+from relay.queue import (
+    COALESCED,
+    DUPLICATE,
+    EVENT_LIMITED,
+    LIMITED,
+    NO_ROOM,
+    QUEUED,
+    USED_UP,
+    Event,
+    Reply,
+)
 
 BODY_TIMEOUT_S = 10.0  # for a whole body of at most 64 KiB
 MAX_WAITERS = 100  # answers held back at once by `Prefer: wait`
@@ -40,6 +51,12 @@ log = structlog.get_logger()
 _CLOSE = (b"connection", b"close")
 _QUEUED = Fate(status="queued")
 _DUPLICATE = Fate(status="duplicate")
+_COALESCED = Fate(status="coalesced")
+_USED_UP = Fate(
+    status=str(Outcome.UNAUTHENTICATED),
+    reason="token_used_up",
+    detail="This token has sent as many events as it may: get a new one.",
+)
 _NO_ROOM = Fate(
     status="unavailable",
     reason="queue_full",
@@ -59,7 +76,7 @@ class Outcomes(Protocol):
 
 
 class Track:
-    """`POST` and `OPTIONS` of the track path."""
+    """`POST` and `OPTIONS` of a path that takes events."""
 
     def __init__(
         self,
@@ -70,6 +87,7 @@ class Track:
         limits: Sequence[Limit],
         body_timeout_s: float = BODY_TIMEOUT_S,
         max_waiters: int = MAX_WAITERS,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._edge = edge
         self._admission = admission
@@ -77,6 +95,7 @@ class Track:
         self._limits = tuple(limits)
         self._body_timeout_s = body_timeout_s
         self._max_waiters = max_waiters
+        self._clock = clock
         self._waiters = 0
         # One at a time: the queue's connections for such things are few, and the
         # forwarder's calls go through the same ones.
@@ -107,6 +126,8 @@ class Track:
             log.exception("track.failed", request_id=request_id.decode())
         for refusal in response.refusals:
             self._admission.refuse(*refusal)
+        for note in response.notes:
+            self._admission.note(note)
         headers = response.headers
         if response.status != 204:  # which has no such field: RFC 9110, 8.6
             headers.append((b"content-length", b"%d" % len(response.body)))
@@ -178,7 +199,7 @@ class Track:
         return False
 
     async def _take(self, head: Head, body: bytes) -> Response:
-        admitted = self._edge.body(head, body)
+        admitted = self._edge.body(head, body, now=self._clock())
         if isinstance(admitted, Response):
             return admitted
         if self.draining:
@@ -207,9 +228,15 @@ class Track:
             return _QUEUED
         if code == DUPLICATE:
             return _DUPLICATE
+        if code == COALESCED:
+            return _COALESCED
+        if code == USED_UP:
+            return _USED_UP
         if code == NO_ROOM:
             return _NO_ROOM
-        dimension = self._limits[code - LIMITED].dimension
+        dimension = (
+            "event" if code == EVENT_LIMITED else self._limits[code - LIMITED].dimension
+        )
         seconds = max(1, -(-wait_us // 1_000_000))
         return Fate(
             status=str(Outcome.RATE_LIMITED),
@@ -258,7 +285,12 @@ class Track:
         return told
 
 
-_OF = {"ip": "address", "customer": "customer", "site": "site"}
+_OF = {
+    "ip": "address",
+    "customer": "customer",
+    "site": "site",
+    "event": "customer and event",
+}
 
 
 def _worth_reading(headers: Iterable[tuple[bytes, bytes]]) -> bool:

@@ -2,11 +2,13 @@
 
 RelayError
   SettingsError           exit 2  a wrong or missing setting; names each and its cure
+  CatalogError            exit 1  a faulty catalogue; at a start it is a SettingsError
   EmbeddedError           exit 1  the private Redis server cannot be had
   QueueUnavailable        503     raised by queue.py when Redis is away or full
 
-Not exceptions: what Voucherify answers is a value (voucherify.Answer), and a
-sender's mistake is one (events.Invalid, caught where it is raised: edge.py).
+Beside it: signing.TokenRefused and events.Refused with its Invalid say why one event
+is not taken; both are caught in the same decision (policy.py, edge.py). What
+Voucherify answers is no exception but a value (verdicts.Answer).
 """
 
 

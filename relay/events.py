@@ -6,8 +6,8 @@ is checked against the schema that Voucherify publishes for its client events
 refused here, with the field and the rule in the message, and costs no call.
 
 Stricter than the schema on purpose: unknown keys are refused, never dropped in
-silence, and a customer must be named by `id` or `source_id`. More lenient: `null`
-for an optional part counts as absent.
+silence, and a customer must be named by `id` or `source_id`, or by a token. More
+lenient: `null` for an optional part counts as absent.
 
 Pure: bytes in, values out. Numbers keep their kind and every digit.
 """
@@ -19,6 +19,8 @@ from typing import Annotated
 
 import msgspec
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
+
+from relay.outcomes import Outcome
 
 MAX_EVENTS = 100  # in one body
 MAX_METADATA_KEYS = 100  # Voucherify allows 100 definitions a schema ("Limits")
@@ -71,7 +73,7 @@ class Event(Struct, forbid_unknown_fields=True, omit_defaults=True):
     """One event as a sender writes it, `id` and `token` being for the relay only."""
 
     event: Annotated[str, Meta(min_length=1, max_length=300)]
-    customer: Customer
+    customer: Customer | None = None  # a token may name it instead
     referral: Referral | None = None
     loyalty: Loyalty | None = None
     metadata: Metadata | None = None
@@ -96,15 +98,25 @@ class Batch(Struct, forbid_unknown_fields=True):
     token: str | None = None
 
 
-class Invalid(Exception):
-    """A sender's mistake: `reason` is a stable code, `detail` says what to do."""
+class Refused(Exception):
+    """An event is not taken: `reason` is a stable code, `detail` says what to do."""
 
-    def __init__(self, reason: str, detail: str, *, name: str = "") -> None:
+    def __init__(
+        self, outcome: Outcome, reason: str, detail: str, *, name: str = ""
+    ) -> None:
         super().__init__(detail)
+        self.outcome = outcome
         self.reason = reason
         self.detail = detail
         self.name = name  # the event's name where it could be read, for counters
         self.id: str | None = None  # the sender's id where it could be read
+
+
+class Invalid(Refused):
+    """A sender's mistake in the form of an event or of a body."""
+
+    def __init__(self, reason: str, detail: str, *, name: str = "") -> None:
+        super().__init__(Outcome.INVALID, reason, detail, name=name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,6 +154,22 @@ def read_event(raw: Raw | bytes) -> Event:
     except _FAULTS as fault:
         raise _explain(fault, raw) from fault
     customer = event.customer
+    if event.metadata is not None or (
+        customer is not None and customer.metadata is not None
+    ):
+        _check_metadata(event)
+    return event
+
+
+def identified(event: Event) -> Customer:
+    """Whose event it is. Raises `Invalid` when it says nothing of that."""
+    customer = event.customer
+    if customer is None:
+        raise _named(
+            event,
+            "customer_missing",
+            "customer is required: it says whose event this is.",
+        )
     if not customer.id and not customer.source_id:
         raise _named(
             event,
@@ -149,17 +177,13 @@ def read_event(raw: Raw | bytes) -> Event:
             "customer.source_id or customer.id is required and must not be empty: "
             "it says whose event this is.",
         )
-    if event.metadata is not None or customer.metadata is not None:
-        _check_metadata(event)
-    return event
+    return customer
 
 
-def upstream_body(event: Event) -> bytes:
+def upstream_body(event: Event, customer: Customer) -> bytes:
     """The JSON that Voucherify gets: no relay keys, no nulls, types unchanged."""
     return _encode(
-        Upstream(
-            event.event, event.customer, event.referral, event.loyalty, event.metadata
-        )
+        Upstream(event.event, customer, event.referral, event.loyalty, event.metadata)
     )
 
 
@@ -197,9 +221,10 @@ def _batch(body: bytes) -> Batch | None:
 
 
 def _check_metadata(event: Event) -> None:
+    customer = event.customer
     for where, metadata, level in (
         ("metadata", event.metadata, 2),
-        ("customer.metadata", event.customer.metadata, 3),
+        ("customer.metadata", customer.metadata if customer else None, 3),
     ):
         if metadata is None:
             continue

@@ -1,24 +1,53 @@
-"""The ops listener: is it alive, can it take events. Never on the public port.
+"""The ops listener: is it alive, can it take events, and a token for a page.
 
-`/healthz` and `/readyz` are open, since probes carry no secrets and get none.
+Never on the public port. `/healthz` and `/readyz` are open, since probes carry no
+secrets and get none. Everything else asks for `RELAY_OPS_TOKEN` where it is set;
+where it is not, it takes only what comes from this machine and from no web page.
 """
 
 import asyncio
+import hmac
+import time
 from collections.abc import Awaitable, Callable
+from urllib.parse import urlsplit
 
+import msgspec
+from pydantic import SecretStr
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from relay import __version__
+from relay.addresses import is_loopback
+from relay.answers import problem_body
 from relay.errors import QueueUnavailable
+from relay.limits import parse_duration
+from relay.signing import InvalidClaim, Signer
+
+MAX_BODY_BYTES = 64 * 1024
 
 Check = Callable[[], Awaitable[str]]
 
 
-def ops_app(checks: dict[str, Check]) -> Starlette:
-    """The application; each check returns "ok" or says what is wrong."""
+class TokenRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """What a backend asks for; docs/tokens.md tells each part."""
+
+    source_id: str
+    events: list[str] | None = None
+    origin: str | None = None
+    ttl: int | str | None = None  # seconds, or a duration like "1h"
+    uses: int | None = None
+
+
+def ops_app(
+    checks: dict[str, Check],
+    *,
+    signer: Signer | None = None,
+    token: SecretStr | None = None,
+    clock: Callable[[], float] = time.time,
+) -> Starlette:
+    """The application; each check returns "ok…" or says what is wrong."""
     # One look at a time: the queue's connections to Redis are few, and a crowd of
     # probes that took them all would refuse beacons and report a Redis that is away.
     looking = asyncio.Lock()
@@ -29,13 +58,109 @@ def ops_app(checks: dict[str, Check]) -> Starlette:
     async def readyz(_: Request) -> JSONResponse:
         async with looking:
             said = {name: await _said(check) for name, check in checks.items()}
-        ready = all(word == "ok" for word in said.values())
+        ready = all(word.startswith("ok") for word in said.values())
         return JSONResponse(
             {"status": "ready" if ready else "unready", "checks": said},
             200 if ready else 503,
         )
 
-    return Starlette(routes=[Route("/healthz", healthz), Route("/readyz", readyz)])
+    async def tokens(request: Request) -> JSONResponse:
+        refused = _refusal(request, token)
+        if refused is not None:
+            return refused
+        if signer is None:
+            return _problem(
+                409, "no_signing_key", "There is no key: set RELAY_SIGNING_KEYS."
+            )
+        try:
+            wanted = _decode(await _body(request))
+            made, expires_at = signer.sign(
+                source_id=wanted.source_id,
+                events=wanted.events,
+                origin=wanted.origin,
+                ttl_s=_seconds(wanted.ttl),
+                uses=wanted.uses,
+                now=clock(),
+            )
+        except ValueError as error:  # InvalidClaim is one
+            return _problem(400, "invalid", f"{error}.")
+        return JSONResponse(
+            {"token": made, "expires_at": expires_at},
+            headers={"Cache-Control": "no-store"},
+        )
+
+    return Starlette(
+        routes=[
+            Route("/healthz", healthz),
+            Route("/readyz", readyz),
+            Route("/tokens", tokens, methods=["POST"]),
+        ]
+    )
+
+
+def _refusal(request: Request, token: SecretStr | None) -> JSONResponse | None:
+    """Why this caller may not go on, if it may not."""
+    if token is not None:
+        given = request.headers.get("authorization", "").encode()
+        asked = f"Bearer {token.get_secret_value()}".encode()
+        if hmac.compare_digest(given, asked):
+            return None
+        return _problem(
+            401,
+            "ops_token",
+            "Send Authorization: Bearer and the RELAY_OPS_TOKEN.",
+            {"WWW-Authenticate": "Bearer"},
+        )
+    # A web page can reach loopback, by its own requests and by a name of its own that
+    # points there (DNS rebinding); neither can leave these headers as they should be.
+    if "origin" in request.headers or not _is_local(request.headers.get("host", "")):
+        return _problem(
+            403,
+            "ops_host",
+            "Without RELAY_OPS_TOKEN this is for programs on the relay's own machine, "
+            "under the name localhost or 127.0.0.1.",
+        )
+    return None
+
+
+def _is_local(host: str) -> bool:
+    try:
+        return is_loopback(urlsplit(f"//{host}").hostname or "")
+    except ValueError:  # brackets that hold no address
+        return False
+
+
+async def _body(request: Request) -> bytes:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise ValueError(f"the body has over {MAX_BODY_BYTES} bytes: send less")
+    return bytes(body)
+
+
+def _decode(body: bytes) -> TokenRequest:
+    try:
+        return msgspec.json.decode(body, type=TokenRequest)
+    except msgspec.ValidationError as error:
+        raise InvalidClaim("", f"{error}") from None
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        raise InvalidClaim("", "the body must be a JSON object") from None
+
+
+def _seconds(ttl: int | str | None) -> int | None:
+    return parse_duration(ttl) if isinstance(ttl, str) else ttl
+
+
+def _problem(
+    status: int, reason: str, detail: str, headers: dict[str, str] | None = None
+) -> JSONResponse:
+    return JSONResponse(
+        problem_body(status, reason, detail),
+        status,
+        headers,
+        media_type="application/problem+json",
+    )
 
 
 async def _said(check: Check) -> str:

@@ -1,4 +1,4 @@
-"""The durable queue in Redis: five scripts, and the one place that knows redis-py.
+"""The durable queue in Redis: seven scripts, and the one place that knows redis-py.
 
 Every change of an event's state is one Lua script, so a crash leaves it before or
 after, never between; counters move in the same script as the event they count.
@@ -9,9 +9,17 @@ an error inside a script is our bug and passes through.
 """
 
 import asyncio
+import re
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import UTC, datetime
 from hashlib import sha1
@@ -71,6 +79,15 @@ class Reply(msgspec.Struct, array_like=True):
     codes: list[int]  # code and wait in microseconds, in turns, for each event
 
 
+class Step(msgspec.Struct, array_like=True):
+    """How far erasing one person got; see erasure.py."""
+
+    cursor: str  # where to go on; empty at the end
+    erased: int
+    in_flight: int
+    mentions: int
+
+
 class Result(msgspec.Struct, array_like=True, kw_only=True):
     """What one call came to, for the settle script."""
 
@@ -86,16 +103,24 @@ class Result(msgspec.Struct, array_like=True, kw_only=True):
     probe: bool = False
 
 
+# What the commit script counts beside the limits, for events that ask for it: digest
+# of the name, coalesce window in ms, quota and period in ms of the event's own limit,
+# whether that only counts, digest of the token, its uses, ms it lives, whether that
+# only counts.
+Special = tuple[str, int, int, int, bool, str, int, int, bool]
 # One event for the commit script: id, whether the sender chose it, customer digest,
-# name, lane, delivery rule, ttl in ms, body for Voucherify. A request is the digest
-# of the sender's address, and its events.
-Event = tuple[str, bool, str, str, str, str, int, str]
+# name, lane, delivery rule, ttl in ms, body for Voucherify, the above. A request is
+# the digest of the sender's address, and its events.
+Event = tuple[str, bool, str, str, str, str, int, str, Special | None]
 Request = tuple[str, list[Event]]
-Refused = tuple[str, str, str, int]  # outcome, reason, name or "", how many
+# Outcome, reason, name or "", how many. Without an outcome it only counts the reason.
+Refused = tuple[str, str, str, int]
 
+EVENT_LIMITED, USED_UP, COALESCED = -3, -2, -1
 QUEUED, DUPLICATE, NO_ROOM, LIMITED = 0, 1, 2, 3  # LIMITED + index of the limit
 
 _decode_tick = msgspec.msgpack.Decoder(Tick).decode
+_decode_step = msgspec.msgpack.Decoder(Step).decode
 _decode_replies = msgspec.msgpack.Decoder(list[Reply]).decode
 
 
@@ -120,7 +145,7 @@ class Script:
 
 
 class Scripts:
-    """The five scripts. A simulation hands in its own clock, as Lua for lib.lua."""
+    """The seven scripts. A simulation hands in its own clock, as Lua for lib.lua."""
 
     def __init__(self, *, clock: str = SERVER_CLOCK) -> None:
         self.commit = Script("commit", clock=clock)
@@ -128,6 +153,8 @@ class Scripts:
         self.mark = Script("mark", clock=clock)
         self.settle = Script("settle", clock=clock)
         self.reap = Script("reap", clock=clock)
+        self.token = Script("token", clock=clock)
+        self.forget = Script("forget", clock=clock)
 
 
 def connect(url: str, *, timeout: float, connections: int) -> Redis:
@@ -338,6 +365,15 @@ class Queue:
             )
         return {name.decode(): value.decode() for name, value in found.items()}
 
+    async def keep_names(self, names: Sequence[str]) -> None:
+        """Count these events by name always; others only while they are frequent."""
+        key = f"{self.prefix}:catalog"
+        async with self._asking(), self._ops.pipeline(transaction=True) as pipe:
+            pipe.delete(key)
+            if names:
+                pipe.sadd(key, *names)
+            await pipe.execute()
+
     async def now(self) -> datetime:
         """The server's clock, which every window and every age goes by."""
         async with self._asking():
@@ -355,6 +391,83 @@ class Queue:
                 "dict[str, object]", await cast("Awaitable[object]", self._ops.info())
             )
         return _judge(info)
+
+    async def forget(
+        self, place: str, cursor: str, size: int, customer: str, needle: str
+    ) -> Step:
+        """Erase a person's events from the next `size` entries of one place."""
+        async with self._asking():
+            said = await self._scripts.forget(
+                self._ops, self.prefix, place, cursor, size, customer, needle
+            )
+        return _decode_step(cast("bytes", said))
+
+    async def forget_marks(self, digests: Sequence[str]) -> int:
+        """Erase what limits and the comparison of ids keep under these digests."""
+        erased = 0
+        # Of the whole server, since Redis cannot look for keys in another way; in
+        # steps, so that others come between.
+        pattern = re.sub(r"([\\*?\[\]])", r"\\\1", self.prefix) + ":*"
+        cursor = 0
+        while True:
+            async with self._asking():
+                cursor, keys = await self._ops.scan(cursor, match=pattern, count=1000)
+                theirs = [
+                    key
+                    for key in cast("list[bytes]", keys)
+                    if not set(digests).isdisjoint(key.decode().split(":"))
+                ]
+                if theirs:
+                    erased += await self._ops.unlink(*theirs)
+            if cursor == 0:
+                return erased
+
+    async def rewrite_log(self) -> None:
+        """Have Redis write its append-only file anew, without what was erased."""
+        async with self._asking():
+            await self._ops.bgrewriteaof()
+
+    async def token(
+        self, name: str, *, who: str, lock_ms: int = 0
+    ) -> tuple[dict[str, str], int, bool]:
+        """The token that all relays share under a name, the ms it lives on, and
+        whether `who` has the lock now; `lock_ms` asks for it."""
+        async with self._asking():
+            said = await self._scripts.token(
+                self._ops, self.prefix, name, who, "look", lock_ms
+            )
+        flat, left_ms, mine = cast("tuple[list[bytes], int, int]", said)
+        parts = [part.decode() for part in flat]
+        return dict(zip(parts[::2], parts[1::2], strict=True)), left_ms, mine == 1
+
+    async def keep_token(
+        self,
+        name: str,
+        fields: Mapping[str, str],
+        *,
+        who: str,
+        replaces: int,
+        life_ms: int,
+    ) -> int:
+        """Share a token; its generation, or 0 if there is a newer one already."""
+        flat = [part for pair in fields.items() for part in pair]
+        async with self._asking():
+            said = await self._scripts.token(
+                self._ops, self.prefix, name, who, "keep", replaces, life_ms, *flat
+            )
+        return cast("int", said)
+
+    async def token_worked(self, name: str, *, who: str, generation: int) -> None:
+        """Note for all relays that Voucherify takes this token."""
+        async with self._asking():
+            await self._scripts.token(
+                self._ops, self.prefix, name, who, "worked", generation
+            )
+
+    async def unlock_token(self, name: str, *, who: str) -> None:
+        """Let others renew it, if `who` still has the lock."""
+        async with self._asking():
+            await self._scripts.token(self._ops, self.prefix, name, who, "unlock")
 
 
 def _judge(info: dict[str, object]) -> list[str]:

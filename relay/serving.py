@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from errno import ECONNREFUSED
 from multiprocessing import resource_tracker
 from multiprocessing.context import SpawnProcess
@@ -25,8 +25,18 @@ from uvicorn.config import STARTUP_FAILURE
 
 from relay import logs
 from relay.app import App
-from relay.assembly import BACKLOG, STOPS, Station, bind, http_url, ops_socket
+from relay.assembly import (
+    BACKLOG,
+    STOPS,
+    Station,
+    bind,
+    http_url,
+    hung_up,
+    make_catalog,
+    ops_socket,
+)
 from relay.errors import RelayError
+from relay.reload import CatalogFile
 from relay.settings import Settings
 
 # A stopping relay answers what it has read; clients that keep a request open longer
@@ -146,6 +156,7 @@ def serve_many(
     announce: Announce,
 ) -> None:
     """The same in several processes: alike, sharing sockets, queue and budget."""
+    catalog = make_catalog(settings)
     with public_socket(settings) as public, ops_socket(settings) as ops:
         # What connects from now on waits for the children.
         announce(_address(settings, public), f"{http_url(ops)}/readyz")
@@ -156,7 +167,7 @@ def serve_many(
             public=public,
             ops=ops,
         )
-        Supervisor(child, workers).run()
+        Supervisor(child, workers, catalog).run()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,6 +179,7 @@ class Child:
     forward: bool
     public: socket.socket
     ops: socket.socket
+    catalog_text: str = field(default="", repr=False)  # the last good one
     parent: int = field(default_factory=os.getpid)
 
     def run(self) -> None:
@@ -176,7 +188,7 @@ class Child:
         # The parent says what these mean; while it serves, Ctrl-C drains here, too.
         for sign in (signal.SIGHUP, signal.SIGINT):
             signal.signal(sign, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT, signal.SIGHUP])
         threading.Thread(target=_follow, args=(self.parent,), daemon=True).start()
         station = Station(
             self.settings,
@@ -184,7 +196,8 @@ class Child:
             forward=self.forward,
             ops_socket=self.ops,
         )
-        Server(server_config(App(station))).run(sockets=[self.public])
+        app = App(station, catalog_text=self.catalog_text or None)
+        Server(server_config(app)).run(sockets=[self.public])
 
 
 def _follow(parent: int) -> None:
@@ -198,29 +211,33 @@ def _follow(parent: int) -> None:
 class Supervisor:
     """The parent of several processes: starts them, and replaces one that died."""
 
-    def __init__(self, child: Child, workers: int) -> None:
+    def __init__(
+        self, child: Child, workers: int, catalog: CatalogFile | None = None
+    ) -> None:
         self._child = child
         self._workers = workers
+        self._catalog = catalog
         self._stopping = False
+        self._children: list[SpawnProcess] = []
 
     def run(self) -> None:
         """Keep the processes alive until a signal; returns when they have drained."""
         for sign in STOPS:
             signal.signal(sign, self._stop)
-        children: list[SpawnProcess] = []
+        signal.signal(signal.SIGHUP, self._hear_hangup)
         try:
             while not self._stopping:
-                while len(children) < self._workers and not self._stopping:
-                    children.append(self._start())
+                while len(self._children) < self._workers and not self._stopping:
+                    self._children.append(self._start())
                 time.sleep(WATCH_EVERY_S)
-                children = [child for child in children if self._lives(child)]
+                self._children = [c for c in self._children if self._lives(c)]
         finally:
             # Or who connects now waits for an answer that nobody will give.
             self._child.public.close()
             self._child.ops.close()
-            for child in children:
+            for child in self._children:
                 child.terminate()
-            for child in children:
+            for child in self._children:
                 child.join()
             for sign in STOPS:  # or Python, as it ends, goes back to the default
                 signal.signal(sign, signal.SIG_IGN)
@@ -228,15 +245,32 @@ class Supervisor:
     def _stop(self, *_: object) -> None:
         self._stopping = True
 
+    def _hear_hangup(self, *_: object) -> None:
+        """Have every process read the catalogue again, or stop with the terminal."""
+        if hung_up():
+            self._stopping = True
+            return
+        for child in self._children:
+            if child.pid is not None and child.exitcode is None:
+                os.kill(child.pid, signal.SIGHUP)
+
     def _start(self) -> SpawnProcess:
         # Ctrl-C reaches children, too, and one that still imports would answer with a
         # traceback. What is blocked here is blocked there until it is up.
-        resource_tracker.ensure_running()  # by itself it would unblock the signal
-        child = SpawnProcess(target=self._child.run)
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        resource_tracker.ensure_running()  # by itself it would unblock the signals
+        child = SpawnProcess(target=self._fresh().run)
+        early = [signal.SIGINT, signal.SIGHUP]
+        signal.pthread_sigmask(signal.SIG_BLOCK, early)
         child.start()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, early)
         return child
+
+    def _fresh(self) -> Child:
+        """What the next process gets: the catalogue as it is by now, if it is good."""
+        if self._catalog is None:
+            return self._child
+        self._catalog.poll()
+        return replace(self._child, catalog_text=self._catalog.text)
 
     def _lives(self, child: SpawnProcess) -> bool:
         if child.exitcode is None:

@@ -9,71 +9,80 @@ frozen and shows no secret when it is printed or dumped.
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from enum import StrEnum
 from io import StringIO
-from pathlib import Path
-from typing import Annotated, Any, Literal
-from urllib.parse import parse_qsl, urlsplit
+from typing import Any
 
 from dotenv.parser import parse_stream
-from pydantic import (
-    BeforeValidator,
-    Field,
-    PlainSerializer,
-    PlainValidator,
-    SecretStr,
-    ValidationError,
-)
+from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
 )
 
-from relay.addresses import TrustedProxies, is_any, is_loopback, parse_host
+from relay.addresses import is_any, is_loopback
 from relay.errors import SettingsError
-from relay.limits import (
-    DEFAULT_LIMITS,
-    Limit,
-    Window,
-    parse_budget,
-    parse_duration,
-    parse_limits,
+from relay.limits import DEFAULT_LIMITS
+from relay.values import (
+    Anonymous,
+    AppId,
+    Auth,
+    Budget,
+    Cluster,
+    Concurrency,
+    Directory,
+    File,
+    Flag,
+    Gpc,
+    HeaderValue,
+    Host,
+    Limits,
+    LogFormat,
+    Name,
+    OptionalSecret,
+    Origins,
+    PathPrefix,
+    Port,
+    Proxies,
+    QueueMax,
+    RedisUrl,
+    Scope,
+    SigningKeys,
+    Socket,
+    Tokens,
+    TrackPath,
+    UpstreamApi,
+    UpstreamOrigin,
+    UpToDays,
+    UpToHour,
+    parse_cluster_url,
 )
-from relay.origins import AllowedOrigins, parse_upstream_origin
 
 PREFIX = "RELAY_"
 ENV_FILE = "RELAY_ENV_FILE"
 
 # Their values may come from the file that NAME_FILE names.
-SECRETS = ("client_token", "redis_url", "ops_token")
-
-# Part of the design, but not of this version.
-LATER = re.compile(
-    r"RELAY_(?:CATALOG|TOKENS|SIGNING_KEYS|ANONYMOUS|UPSTREAM_API|UPSTREAM_RESERVE|AUTH"
-    r"|DURABILITY|SERVER_APP_ID|SERVER_APP_TOKEN|OAUTH_[A-Z0-9_]+)(?:_FILE)?"
+SECRETS = (
+    "signing_keys",
+    "client_token",
+    "server_app_token",
+    "oauth_app_secret",
+    "redis_url",
+    "ops_token",
 )
 
-# Voucherify's documentation page "API overview" (endpoints of the shared clusters).
-CLUSTERS = ("api", "us1.api", "as1.api")
-
-# The snippet and the SDK route live there.
-RESERVED_PATHS = ("/client/v1/events", "/relay.js")
-
-# A socket's path has 108 bytes on Linux and 104 on macOS and BSD, the last one NUL.
-MAX_UDS_BYTES = 103
+# Part of the design, but not of this version.
+LATER = re.compile(r"RELAY_(?:UPSTREAM_RESERVE|DURABILITY)")
 
 # What a secret or a page of settings can be at most; a device file has no end.
 MAX_FILE_BYTES = 256 * 1024
 
-# Timeouts and pool sizes are the relay's own and must not be set behind its back.
-REDIS_OPTIONS = frozenset(
-    {"db", "ssl_ca_certs", "ssl_ca_path", "ssl_cert_reqs", "ssl_certfile"}
-    | {"ssl_check_hostname", "ssl_keyfile"}
-)
+# By API. Client: 5 calls in 5 s from one address; server: the smallest plan has 100
+# calls a minute (Voucherify's documentation page "Limits"). Both stay below.
+DEFAULT_BUDGETS = {"client": "4/5s", "server": "90/1m"}
 
 
 class Role(StrEnum):
@@ -85,220 +94,61 @@ class Role(StrEnum):
     READ = "read"  # commands that look into Redis
 
 
-REQUIRED = {
-    Role.SERVE: ("allowed_origins", "client_application_id", "client_token", "origin"),
-    # The token keys the digests that limits count by: all relays must share it.
-    Role.EDGE: ("allowed_origins", "client_token"),
-    Role.WORKER: ("client_application_id", "client_token", "origin"),
-    Role.READ: (),
+_CLIENT_KEYS = ("client_application_id", "client_token")
+_SERVER_KEYS = ("server_app_id", "server_app_token")
+_SERVICE_KEY = ("oauth_app_id", "oauth_app_secret", "oauth_project_id", "oauth_scope")
+
+# What each credential scheme needs, by RELAY_UPSTREAM_API and RELAY_AUTH. Tokens of
+# the first kind of OAuth are made with the server's key, for either API.
+CREDENTIALS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("client", "keys"): (*_CLIENT_KEYS, "origin"),
+    ("client", "oauth1"): (*_SERVER_KEYS, "origin"),
+    ("client", "oauth2"): (*_SERVICE_KEY, "origin"),
+    ("client", "keys+oauth1"): (*_CLIENT_KEYS, *_SERVER_KEYS, "origin"),
+    ("server", "keys"): _SERVER_KEYS,
+    ("server", "oauth1"): _SERVER_KEYS,
+    ("server", "oauth2"): _SERVICE_KEY,
+    ("server", "keys+oauth1"): _SERVER_KEYS,
 }
+
+
+def required(role: Role, api: str = "client", auth: str = "keys") -> tuple[str, ...]:
+    """The settings that must be there for a role and a credential scheme."""
+    credentials = CREDENTIALS[api, auth]
+    # It keys the digests that limits count by: all relays of a shop must share it.
+    digests = digest_secret(api, auth)
+    return {
+        Role.SERVE: ("allowed_origins", *credentials),
+        Role.EDGE: ("allowed_origins", digests),
+        Role.WORKER: credentials,
+        Role.READ: (),
+    }[role]
+
+
+def digest_secret(api: str, auth: str) -> str:
+    """The secret that every relay of a shop has: the first one of its scheme."""
+    return next(name for name in CREDENTIALS[api, auth] if name in SECRETS)
+
 
 # Where to find what is missing. Voucherify's names: its documentation pages
 # "Authentication" and "Security".
+_CLIENT_SIDE = "Voucherify shows it in Project Settings, General, Client-Side Keys"
+_APPLICATION = "Voucherify shows it in Project Settings, General, Application Keys"
+_SERVICE = "Voucherify shows it with the OAuth Service key in Project Settings"
 WHERE = {
     "allowed_origins": "Name every origin whose pages may send, separated by commas",
-    "client_application_id": "Voucherify shows it in Project Settings, General, "
-    "Client-Side Keys",
-    "client_token": "Voucherify shows it in Project Settings, General, "
-    "Client-Side Keys",
+    "signing_keys": "Tokens are checked with it; `relay keygen` makes one",
+    "client_application_id": _CLIENT_SIDE,
+    "client_token": _CLIENT_SIDE,
+    "server_app_id": _APPLICATION,
+    "server_app_token": _APPLICATION,
+    "oauth_app_id": _SERVICE,
+    "oauth_app_secret": _SERVICE,
+    "oauth_project_id": _SERVICE,
+    "oauth_scope": "Name the permission for custom events that the key's role has",
     "origin": "It must be on the project's list in Voucherify: Project Settings, "
     "Client-side Settings",
 }
-
-
-def _whole(least: int, most: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if re.fullmatch(r"[0-9]{1,15}", text) and least <= int(text) <= most:
-            return int(text)
-        msg = f"must be a whole number from {least} to {most}"
-        raise ValueError(msg)
-
-    return parse
-
-
-def _port(text: str) -> int:
-    if text.startswith("tcp://"):
-        # https://kubernetes.io/docs/concepts/services-networking/service (discovery)
-        raise ValueError(
-            "was set by Kubernetes for a Service named relay: say enableServiceLinks: "
-            "false in the pod, or rename the Service"
-        )
-    return _whole(0, 65535)(text)
-
-
-def _seconds(most: str) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        seconds = parse_duration(text)
-        if not 1 <= seconds <= parse_duration(most):
-            msg = f"must be from 1s to {most}"
-            raise ValueError(msg)
-        return seconds
-
-    return parse
-
-
-def _flag(text: str) -> bool:
-    if text.lower() in ("true", "yes", "on", "1"):
-        return True
-    if text.lower() in ("false", "no", "off", "0"):
-        return False
-    raise ValueError("must be true or false")
-
-
-def _uds(text: str) -> str | None:
-    if len(os.fsencode(text)) > MAX_UDS_BYTES or not text.isprintable():
-        msg = f"must be a path of at most {MAX_UDS_BYTES} bytes"
-        raise ValueError(msg)
-    return text or None
-
-
-def _path(text: str) -> str:
-    # RFC 3986 path characters; braces would be parameters of a route, and browsers
-    # resolve dot segments before they send.
-    if (
-        not re.fullmatch(r"(?:/[A-Za-z0-9._~!$&'()*+,;=:@-]+)+", text)
-        or len(text) > 200
-        or {".", ".."} & set(text.split("/"))
-    ):
-        raise ValueError(
-            "must start with / and be a plain path: letters, digits and - . _ ~, no "
-            "spaces, ?, #, % or //, no slash at the end, at most 200 characters"
-        )
-    return text
-
-
-def _track_path(text: str) -> str:
-    if _path(text) in RESERVED_PATHS:
-        raise ValueError("is the path of another route of the relay: choose another")
-    return text
-
-
-def _path_prefix(text: str) -> str:
-    return _path(text) if text else ""
-
-
-def _name(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", text):
-        raise ValueError("must be 1 to 64 of the characters A-Z a-z 0-9 . _ -")
-    return text
-
-
-def _header_value(text: str) -> str:
-    if not re.fullmatch(r"[!-~]{0,512}", text):
-        raise ValueError("must be at most 512 printable ASCII characters, no spaces")
-    return text
-
-
-def _origins(text: str) -> AllowedOrigins:
-    return AllowedOrigins(_words(text))
-
-
-def _proxies(text: str) -> TrustedProxies:
-    return TrustedProxies(_words(text))
-
-
-def _upstream_origin(text: str) -> str:
-    return parse_upstream_origin(text) if text else ""
-
-
-def _cluster_url(text: str) -> str:
-    # httpx and its transport take half a second to import, and commands that only
-    # read, or an edge alone, can do without them.
-    from relay.voucherify import cluster_url
-
-    return cluster_url(text)
-
-
-def _cluster(text: str) -> str:
-    if text not in CLUSTERS:
-        _cluster_url(text)
-    return text
-
-
-def _directory(text: str) -> Path:
-    path = os.path.expanduser(text)
-    if not path or path.startswith("~") or not path.isprintable():
-        raise ValueError("must be the path of a directory, from the root or your home")
-    return Path(path).absolute()
-
-
-def _redis_url(text: str) -> SecretStr | None:
-    if not text:
-        return None
-    # redis-py reads the same parts but drops in silence what it cannot use.
-    try:
-        url = urlsplit(text)
-        port_ok = url.port != 0
-        options = dict(parse_qsl(url.query, keep_blank_values=True))
-    except ValueError:
-        port_ok, options = False, {}
-    if not port_ok or not re.fullmatch(r"[!-~]+", text) or url.fragment:
-        raise ValueError(
-            "is not a URL: percent-encode special characters in the password "
-            "(# as %23, / as %2F, @ as %40)"
-        )
-    if url.scheme not in ("redis", "rediss", "unix"):
-        raise ValueError("must start with redis://, rediss:// or unix://")
-    if url.scheme == "unix":
-        if url.hostname or not url.path.strip("/"):
-            raise ValueError("needs a path after unix://, with three slashes in all")
-    elif not url.hostname:
-        raise ValueError("needs a host after the //")
-    elif not re.fullmatch(r"/?[0-9]{0,5}", url.path):
-        raise ValueError("may have only the number of a database after the host")
-    if not options.keys() <= REDIS_OPTIONS:
-        msg = f"may have only these options: {', '.join(sorted(REDIS_OPTIONS))}"
-        raise ValueError(msg)
-    if not re.fullmatch(r"[0-9]{1,5}", options.get("db", "0")):
-        raise ValueError("needs a number as its db")
-    return SecretStr(text)
-
-
-def _secret(text: str) -> SecretStr:
-    return SecretStr(_header_value(text))
-
-
-def _optional_secret(text: str) -> SecretStr | None:
-    return _secret(text) if text else None
-
-
-def _log_format(text: str) -> str:
-    if text not in ("auto", "json", "console"):
-        raise ValueError("must be auto, json or console")
-    return text
-
-
-def _dump_all(items: tuple[Limit | Window, ...]) -> list[dict[str, object]]:
-    return [asdict(item) for item in items]
-
-
-# What the fields are made of: the parser takes the text of the variable, and the
-# serializer gives what a dump shows.
-_AS_TEXT = PlainSerializer(str, return_type=str)
-_AS_DICTS = PlainSerializer(_dump_all)
-Host = Annotated[str, PlainValidator(parse_host)]
-Port = Annotated[int, PlainValidator(_port)]
-Socket = Annotated[str | None, PlainValidator(_uds)]
-TrackPath = Annotated[str, PlainValidator(_track_path)]
-PathPrefix = Annotated[str, PlainValidator(_path_prefix)]
-Origins = Annotated[AllowedOrigins, PlainValidator(_origins), _AS_TEXT]
-Flag = Annotated[bool, PlainValidator(_flag)]
-Proxies = Annotated[TrustedProxies, PlainValidator(_proxies), _AS_TEXT]
-Limits = Annotated[tuple[Limit, ...], PlainValidator(parse_limits), _AS_DICTS]
-QueueMax = Annotated[int, PlainValidator(_whole(1, 1_000_000_000))]
-Concurrency = Annotated[int, PlainValidator(_whole(1, 256))]
-UpToDays = Annotated[int, PlainValidator(_seconds("30d"))]
-UpToHour = Annotated[int, PlainValidator(_seconds("1h"))]
-RedisUrl = Annotated[SecretStr | None, BeforeValidator(_redis_url)]
-Name = Annotated[str, PlainValidator(_name)]
-Directory = Annotated[Path, PlainValidator(_directory)]
-Cluster = Annotated[str, PlainValidator(_cluster)]
-HeaderValue = Annotated[str, PlainValidator(_header_value)]
-Secret = Annotated[SecretStr, BeforeValidator(_secret)]
-OptionalSecret = Annotated[SecretStr | None, BeforeValidator(_optional_secret)]
-UpstreamOrigin = Annotated[str, PlainValidator(_upstream_origin)]
-Budget = Annotated[tuple[Window, ...], PlainValidator(parse_budget), _AS_DICTS]
-LogFormat = Annotated[Literal["auto", "json", "console"], PlainValidator(_log_format)]
 
 
 def _setting(default: str, example: str, meaning: str) -> Any:
@@ -355,6 +205,36 @@ class Settings(BaseSettings):
         "How long an id that a sender gave is remembered; never less than `RELAY_TTL`.",
     )
 
+    # Who may say what.
+    tokens: Tokens = _setting(
+        "optional",
+        "required",
+        "Whether an event needs a signed token: `off`, `optional`, `required`, "
+        "`dry_run`.",
+    )
+    signing_keys: SigningKeys = _setting(
+        "",
+        "last-year-a-key-of-32-characters, this-year-a-key-of-32-characters",
+        "Keys of the tokens, oldest to newest: the last signs, all of them count.",
+    )
+    token_ttl: UpToDays = _setting(
+        "24h", "1h", "How long a token counts that does not say so itself."
+    )
+    anonymous: Anonymous = _setting(
+        "auto",
+        "restricted",
+        "What a sender without a token may set: `trusted` all, `restricted` only who "
+        "it is, `auto`.",
+    )
+    catalog: File = _setting(
+        "", "/etc/relay/catalog.toml", "File that says which event may carry what."
+    )
+    gpc: Gpc = _setting(
+        "ignore",
+        "strip",
+        "What `Sec-GPC: 1` does: `ignore`, `strip` metadata and profile, `drop`.",
+    )
+
     # Storage.
     redis_url: RedisUrl = _setting(
         "",
@@ -376,15 +256,51 @@ class Settings(BaseSettings):
         "us1.api",
         "Cluster: `api`, `us1.api`, `as1.api`, another name or a full https URL.",
     )
+    upstream_api: UpstreamApi = _setting(
+        "client",
+        "server",
+        "Voucherify's API to use: `client` counts calls by address, `server` does not.",
+    )
+    auth: Auth = _setting(
+        "keys",
+        "oauth1",
+        "Credentials to use there: `keys`, `oauth1`, `oauth2` or `keys+oauth1`.",
+    )
     client_application_id: HeaderValue = _setting(
         "",
         "11111111-2222-3333-4444-555555555555",
         "Application ID of the project's client-side keys.",
     )
-    client_token: Secret = _setting(
+    client_token: OptionalSecret = _setting(
         "",
         "66666666-7777-8888-9999-000000000000",
         "Token of the project's client-side keys.",
+    )
+    server_app_id: HeaderValue = _setting(
+        "",
+        "11111111-2222-3333-4444-666666666666",
+        "Application ID of the project's server-side keys, for `server` or `oauth1`.",
+    )
+    server_app_token: OptionalSecret = _setting(
+        "",
+        "66666666-7777-8888-9999-111111111111",
+        "Secret of the project's server-side keys.",
+    )
+    oauth_app_id: AppId = _setting(
+        "",
+        "11111111-2222-3333-4444-777777777777",
+        "Application ID of an OAuth Service key, for `oauth2`.",
+    )
+    oauth_app_secret: OptionalSecret = _setting(
+        "", "66666666-7777-8888-9999-222222222222", "Secret of the OAuth Service key."
+    )
+    oauth_project_id: HeaderValue = _setting(
+        "", "proj_Zs1XC0v9eS", "Project that tokens of the OAuth Service key are for."
+    )
+    oauth_scope: Scope = _setting(
+        "",
+        "client_events",
+        "Scope of the tokens; `oauth1` has a default of its own for each API.",
     )
     origin: UpstreamOrigin = _setting(
         "",
@@ -392,7 +308,7 @@ class Settings(BaseSettings):
         "Origin shown to Voucherify; it must be on the project's list.",
     )
     upstream_budget: Budget = _setting(
-        "4/5s",
+        DEFAULT_BUDGETS["client"],
         "4/5s, 90/1m, 95000/30d",
         "Calls to Voucherify in each window, all of them kept; `off` for no limit.",
     )
@@ -431,7 +347,22 @@ class Settings(BaseSettings):
     @property
     def upstream_url(self) -> str:
         """The base URL of the Voucherify cluster."""
-        return _cluster_url(self.cluster)
+        return parse_cluster_url(self.cluster)
+
+    @property
+    def digest_secret(self) -> str:
+        """The secret that all relays of a shop share."""
+        secret: SecretStr | None = getattr(
+            self, digest_secret(self.upstream_api, self.auth)
+        )
+        return secret.get_secret_value() if secret is not None else ""
+
+    @property
+    def restricted(self) -> bool:
+        """Whether a sender without a token may say only who the customer is."""
+        if self.anonymous == "auto":
+            return bool(self.signing_keys)
+        return self.anonymous == "restricted"
 
     @classmethod
     def settings_customise_sources(
@@ -479,12 +410,14 @@ def load_settings(
             variables.pop(variable(field) + "_FILE", None)
     given = _read_values(variables, faults)
     given.setdefault("data_dir", _state_directory(environ))
+    if given.get("upstream_api") == "server":
+        given.setdefault("upstream_budget", DEFAULT_BUDGETS["server"])
     settings = _validated(given, variables, faults)
     for name, problem in _rules(settings, role, variables, faults):
         faults.setdefault(name, problem)
     if faults:
         raise SettingsError(_lines(faults))
-    settings._warnings = (*_unknown(variables), *_doubts(settings))
+    settings._warnings = (*_unknown(variables), *_doubts(settings, role))
     return settings
 
 
@@ -614,15 +547,26 @@ def _rules(
             for source in (name, name + "_FILE")
         )
 
-    for field in REQUIRED[role]:
+    for field in required(role, settings.upstream_api, settings.auth):
         if not is_set(field):
             yield variable(field), f"is missing. {WHERE[field]}"
     if role is Role.READ:
         return
+    edge = role is not Role.WORKER
+    if (
+        edge
+        and settings.tokens in ("required", "dry_run")
+        and not is_set("signing_keys")
+    ):
+        yield (
+            "RELAY_SIGNING_KEYS",
+            f"is missing, and RELAY_TOKENS is {settings.tokens}. "
+            f"{WHERE['signing_keys']}",
+        )
     if not is_loopback(settings.ops_host) and not is_set("ops_token"):
         yield "RELAY_OPS_TOKEN", "is missing, and RELAY_OPS_HOST is not loopback"
     if (
-        role is not Role.WORKER
+        edge
         and settings.uds is None
         and settings.port == settings.ops_port != 0
         and (
@@ -668,7 +612,9 @@ def _unknown(variables: Mapping[str, str]) -> Iterator[str]:
         )
 
 
-def _doubts(settings: Settings) -> Iterator[str]:
+def _doubts(settings: Settings, role: Role) -> Iterator[str]:
+    if role in (Role.SERVE, Role.EDGE):
+        yield from _doubts_about_senders(settings)
     if settings.allowed_origins.any:
         yield "RELAY_ALLOWED_ORIGINS: * lets the pages of any site send events."
     if settings.uds and not settings.trusted_proxies.trusts(None):
@@ -678,5 +624,17 @@ def _doubts(settings: Settings) -> Iterator[str]:
         )
 
 
-def _words(text: str) -> list[str]:
-    return [word for word in re.split(r"[,\s]+", text) if word]
+def _doubts_about_senders(settings: Settings) -> Iterator[str]:
+    if not settings.restricted and settings.tokens != "required":
+        yield (
+            "RELAY_ANONYMOUS: senders without a token are trusted, so any visitor can "
+            "overwrite a customer's profile and mint points. Set RELAY_SIGNING_KEYS "
+            "and give pages tokens, or set RELAY_ANONYMOUS=restricted."
+        )
+    if settings.tokens == "dry_run" and settings.restricted:
+        yield (
+            "RELAY_TOKENS: dry_run refuses nothing by itself, but what comes without "
+            "a token is restricted. For a trial set RELAY_ANONYMOUS=trusted as well."
+        )
+    if settings.tokens == "off" and settings.signing_keys:
+        yield "RELAY_TOKENS: off, so RELAY_SIGNING_KEYS has no effect on events."

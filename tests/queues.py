@@ -17,6 +17,7 @@ from relay.queue import (
     Request,
     Result,
     Scripts,
+    Special,
 )
 
 SIMULATED = Scripts(clock="call('HMGET', P .. ':clock', 's', 'us')")
@@ -34,9 +35,10 @@ def event(
     delivery: str = "at_least_once",
     ttl_ms: int = 3_600_000,
     body: str = '{"event":"e"}',
+    special: Special | None = None,
 ) -> Event:
     made = id or f"made-{next(_seq)}"
-    return (made, bool(id), customer, name, lane, delivery, ttl_ms, body)
+    return (made, bool(id), customer, name, lane, delivery, ttl_ms, body, special)
 
 
 def result(claimed: Claimed, verdict: str, **parts: object) -> Result:

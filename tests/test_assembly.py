@@ -14,11 +14,13 @@ from relay.assembly import (
     REAP_EVERY_S,
     Station,
     bind,
-    digest_key,
     http_url,
     listen,
+    make_digests,
+    make_policy,
     make_queue,
 )
+from relay.catalog import EMPTY
 from relay.edge import Edge, Head
 from relay.embedded import EmbeddedServer, running_url
 from relay.errors import RelayError
@@ -73,28 +75,35 @@ async def checks(client: httpx.AsyncClient) -> tuple[int, dict[str, str]]:
 # Digests
 
 
-def test_the_digest_key_is_made_of_the_token_alone_and_never_changes() -> None:
-    key = digest_key(settings())
-    assert key == digest_key(
-        settings(
-            client_application_id="application-2",
-            origin="https://other.example",
-            allowed_origins="https://other.example",
-            redis_prefix="other",
-            limits="off",
-            ops_token="ops",
-        )
+def of_people(**given: object) -> list[str]:
+    made = make_digests(settings(**given))
+    return [
+        made.address("192.0.2.1"),
+        made.customer(source_id="u1"),
+        made.customer(id="cust_1", source_id="u1"),
+    ]
+
+
+def test_digests_are_made_of_the_secret_alone_and_never_change() -> None:
+    others = of_people(
+        client_application_id="application-2",
+        origin="https://other.example",
+        allowed_origins="https://other.example",
+        redis_prefix="other",
+        limits="off",
+        ops_token="ops",
     )
-    # Another key would begin every limit anew, so this is as good as wire format.
-    assert key.hex() == (
-        "9602c8c3fea0916b10aedc16bdcbf41a2406e7d50f6c01402bd98d236cee3071"
-    )
+    assert of_people() == others
+    # Others would begin every limit anew, so this is as good as wire format.
+    assert others == [
+        "694883bc3fa7b26f95",
+        "43ad7684af72e40c61",
+        "1bf2ce1f9588f02531",
+    ]
 
 
 def test_another_token_makes_other_digests() -> None:
-    key = digest_key(settings(client_token="token-2"))
-    assert key != digest_key(settings())
-    assert b"token" not in key
+    assert set(of_people(client_token="token-2")).isdisjoint(of_people())
 
 
 def test_relays_with_one_token_share_digests_and_others_do_not() -> None:
@@ -104,8 +113,8 @@ def test_relays_with_one_token_share_digests_and_others_do_not() -> None:
             origins=made.allowed_origins,
             proxies=made.trusted_proxies,
             limits=made.limits,
-            digest_key=digest_key(made),
-            ttl_ms=made.ttl * 1000,
+            digests=make_digests(made),
+            policy=make_policy(made, EMPTY),
         )
         head = edge.head("POST", [(b"origin", b"https://shop.example")], "192.0.2.1")
         assert isinstance(head, Head)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,13 @@ from redis import Redis
 
 from relay import __version__
 from relay.assembly import listen
+from relay.catalog import parse_catalog
 from relay.counters import GAUGES
 from relay.embedded import EmbeddedServer, running_url
 from relay.outcomes import Outcome
 from relay.settings import SECRETS, Settings, variable
+from relay.signing import Signer
+from relay.typescript import declarations
 from tests.integration.stack import Sender, stack
 from tests.programs import RELAY
 from tests.support import eventually
@@ -25,6 +29,7 @@ COMPLETE = {
     "client_application_id": "application-1",
     "client_token": "S3CRET-token",
     "origin": "https://shop.example",
+    "anonymous": "restricted",  # else the start says what visitors may do
     "cluster": "http://127.0.0.1:9",
     "port": "0",
     "ops_port": "0",
@@ -80,6 +85,95 @@ def test_wrong_usage_exits_with_2(tmp_path: Path, command: tuple[str, ...]) -> N
     done = relay(tmp_path, *command)
     assert (done.returncode, done.stdout) == (2, "")
     assert "Usage: " in done.stderr
+
+
+# Tokens and the catalogue
+
+KEYS = "S3CRET-older-key-of-32-characters, S3CRET-newer-key-of-32-characters"
+
+
+def test_a_token_is_made_with_the_newest_key(tmp_path: Path) -> None:
+    events = ("--event", "signed_up", "--event", "paid")
+    rest = ("--origin", "https://shop.example", "--ttl", "2h", "--uses", "3", "--json")
+    done = relay(tmp_path, "token", "zoë-1", *events, *rest, signing_keys=KEYS)
+    assert (done.returncode, done.stderr) == (0, "")
+    told = json.loads(done.stdout)
+    said = Signer(KEYS.split(", ")[1:]).read(told["token"], now=time.time())
+    assert said.source_id == "zoë-1"
+    assert said.events == frozenset({"signed_up", "paid"})
+    assert (said.origin, said.uses) == ("https://shop.example", 3)
+    assert told["expires_at"] == said.expires_at == said.issued_at + 7200
+
+
+def test_a_token_alone_is_what_a_script_wants(tmp_path: Path) -> None:
+    done = relay(tmp_path, "token", "u1", signing_keys=KEYS, token_ttl="1h")
+    said = Signer(KEYS.split(", ")).read(done.stdout.rstrip("\n"), now=time.time())
+    assert (said.source_id, said.events, said.uses) == ("u1", None, None)
+    assert said.expires_at == said.issued_at + 3600
+
+
+def test_a_token_needs_a_key(tmp_path: Path) -> None:
+    done = relay(tmp_path, "token", "u1")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "There is no key to sign with: set RELAY_SIGNING_KEYS.\n"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("",),
+        ("u1", "--ttl", "soon"),
+        ("u1", "--ttl", "0s"),
+        ("u1", "--origin", "shop.example/path"),
+        ("u1", "--event", ""),
+        ("u1", "--uses", "0"),
+    ],
+    ids=" ".join,
+)
+def test_a_token_that_cannot_be_signed_is_wrong_usage(
+    tmp_path: Path, wrong: tuple[str, ...]
+) -> None:
+    done = relay(tmp_path, "token", *wrong, signing_keys=KEYS)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Usage: " in done.stderr
+    assert "S3CRET" not in done.stderr
+
+
+def test_a_sound_catalogue_passes_and_becomes_types(tmp_path: Path) -> None:
+    example = Path(__file__).parents[1] / "deploy" / "catalog.toml"
+    done = relay(tmp_path, "catalog", "check", str(example))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Nothing is wrong." in done.stdout
+    # The same by its setting; the output goes into a file of the shop's sources.
+    done = relay(tmp_path, "catalog", "types", catalog=str(example))
+    catalog = parse_catalog(example.read_text(), max_ttl_s=259_200)
+    assert (done.returncode, done.stdout) == (0, declarations(catalog))
+
+
+def test_a_faulty_catalogue_is_told_with_lines_and_starts_nothing(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "faulty.toml").write_text('[events.a]\npriority = "top"\nttl = 3\n')
+    done = relay(tmp_path, "catalog", "check", "faulty.toml")
+    assert (done.returncode, done.stdout) == (1, "")
+    title, *faults = done.stderr.splitlines()
+    assert title.endswith("faulty.toml is not right:")
+    assert [fault.split(":")[0] for fault in faults] == ["  line 2", "  line 3"]
+    done = relay(tmp_path, "serve", **COMPLETE, catalog="faulty.toml")
+    assert (done.returncode, done.stdout) == (2, "")
+    title, *faults = done.stderr.splitlines()
+    assert title == "The settings are not right:"
+    starts = ["  RELAY_CATALOG: line 2", "  RELAY_CATALOG: line 3"]
+    assert [fault[: len(starts[0])] for fault in faults] == starts
+    done = relay(tmp_path, "catalog", "check", "absent.toml")
+    assert "absent.toml cannot be read (No such file" in done.stderr
+
+
+def test_a_catalogue_that_asks_for_tokens_needs_keys(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text('[events.a]\ntoken = "required"\n')
+    done = relay(tmp_path, "serve", **COMPLETE, catalog="c.toml")
+    assert done.returncode == 2
+    assert "RELAY_SIGNING_KEYS is missing" in done.stderr
 
 
 # Settings

@@ -23,6 +23,7 @@ from relay.ops import ops_app
 from relay.queue import Queue
 from relay.serving import GRACE_S, server_config
 from relay.settings import KNOWN, Role, Settings, load_settings
+from relay.values import SDK_PATH
 from tests.support import eventually
 
 ROOT = Path(__file__).parents[1]
@@ -210,7 +211,8 @@ class TestCompose:
         environ["RELAY_CLIENT_TOKEN_FILE"] = str(token)
         environ["RELAY_ENV_FILE"] = "/dev/null"
         settings = load_settings(Role.SERVE, environ)
-        assert settings.warnings == ()
+        # Whom to trust is the merchant's to decide, and is said until it is.
+        assert [w.split(":")[0] for w in settings.warnings] == ["RELAY_ANONYMOUS"]
         assert settings.trusted_proxies.trusts(None)
 
     def test_the_token_comes_as_a_file_that_the_operator_names(self) -> None:
@@ -277,9 +279,21 @@ class TestNginx:
         kept = parse_duration(directive("relay-upstream.conf", "keepalive_timeout"))
         assert kept < server_config("a:b").timeout_keep_alive
 
-    def test_it_has_the_path_of_the_relay(self) -> None:
+    def test_it_has_the_paths_of_the_relay(self) -> None:
         text = (NGINX / "relay.conf").read_text()
-        assert f"\nlocation = {DEFAULTS['track_path']} {{" in text
+        [pattern] = re.findall(r"^location ~ (\S+) \{", text, re.MULTILINE)
+        for path in (DEFAULTS["track_path"], SDK_PATH):
+            assert re.search(pattern, path)
+            assert not re.search(pattern, f"{path}/more")
+
+    def test_it_passes_what_the_relay_reads(self) -> None:
+        """Each header that the edge looks at; nginx passes no other."""
+        edge = (ROOT / "relay" / "edge.py").read_text()
+        read = set(re.findall(r'name == b"([a-z-]+)"', edge)) - {"content-length"}
+        text = (NGINX / "relay.conf").read_text()
+        passed = re.findall(r"^    proxy_set_header ([\w-]+)", text, re.MULTILINE)
+        assert len(read) >= 8
+        assert read <= {name.lower() for name in passed}
 
     def test_its_own_answers_are_problem_documents(self) -> None:
         text = (NGINX / "relay.conf").read_text()

@@ -27,15 +27,16 @@ from relay import (
     forwarder,
     queue,
     retry,
-    voucherify,
+    transport,
+    verdicts,
 )
 from relay.cli import CURES, app
 from relay.limits import DEFAULT_LIMITS, DIMENSIONS, parse_budget, parse_limits
 from relay.ops import ops_app
 from relay.outcomes import Hold, Outcome
 from relay.queue import Queue, Scripts
-from relay.settings import KNOWN, REQUIRED, Role, Settings, variable
-from relay.voucherify import Verdict, read_answer
+from relay.settings import CREDENTIALS, KNOWN, Role, Settings, required, variable
+from relay.verdicts import Verdict, read_answer
 from tests.queues import event, result
 from tests.test_architecture import LAYERS
 
@@ -182,6 +183,13 @@ def test_every_locked_requirement_has_a_hash(name: str) -> None:
     assert len(lines) > 20
 
 
+def test_every_locked_npm_package_has_a_hash_and_no_address() -> None:
+    packages = json.loads(read("tests/sdk/package-lock.json"))["packages"]
+    locked = [package for name, package in packages.items() if name]
+    assert locked
+    assert all("integrity" in p and "resolved" not in p for p in locked)
+
+
 # --- README and changelog -------------------------------------------------------------
 
 
@@ -202,7 +210,7 @@ def test_the_readme_names_the_settings_that_are_needed() -> None:
     block = re.findall(
         r"^    (RELAY_\w+)=", section("README.md", "Go to production"), re.MULTILINE
     )
-    needed = [variable(field) for field in REQUIRED[Role.SERVE]]
+    needed = [variable(field) for field in required(Role.SERVE)]
     assert [name.removesuffix("_FILE") for name in block] == needed
 
 
@@ -305,7 +313,18 @@ async def test_keys_are_of_the_type_that_is_told(valkey_url: str, prefix: str) -
     client = redis.asyncio.Redis.from_url(valkey_url)
     try:
         kinds = ["told", "again", "paid", "kept"]
-        made = [event(kind, delivery="at_most_once") for kind in kinds]
+        special = ("n" * 18, 60_000, 9, 60_000, False, "t" * 24, 9, 60_000, False)
+        made = [
+            event(
+                kind,
+                delivery="at_most_once",
+                special=special if kind == "kept" else None,
+            )
+            for kind in kinds
+        ]
+        await held.keep_names(["listed"])
+        await held.token("named", who="me", lock_ms=60_000)
+        await held.keep_token("named", {}, who="me", replaces=0, life_ms=60_000)
         await held.expect(made[0], 1)
         await held.expect(event("asked"), 1)
         await held.commit("w:0", 1, [("ip", made)], [])
@@ -349,24 +368,36 @@ _REASON_AT = {
     "_document": (3, "*"),
     "unavailable": (1, "503"),
     "QueueUnavailable": (0, "503"),
+    "_forbidden": (0, "403"),
+    "_unauthenticated": (0, "401"),
+    "TokenRefused": (0, "401"),
 }
+
+
+_METADATA_REASONS = ("metadata_field", "metadata_type")  # catalog.metadata_fault
 
 
 def reasons_in_sources() -> dict[str, str]:
     """Each reason of an answer, and its status; `*` where a variable decides."""
     found: dict[str, str] = dict.fromkeys(queue._SAYS, "503")
-    for tree in trees("edge", "events", "endpoints", "queue", "admission"):
+    for part in ("loyalty", "referral"):  # a loop of policy.py over both
+        found[part] = "403"
+    found |= dict.fromkeys(_METADATA_REASONS, "403")
+    modules = ("edge", "events", "endpoints", "queue", "admission", "policy", "signing")
+    for tree in trees(*modules):
         for name, call in calls(tree):
             if name in _REASON_AT and len(call.args) > _REASON_AT[name][0]:
                 place, status = _REASON_AT[name]
                 code = status or str(cast("ast.Constant", call.args[2]).value)
                 found |= dict.fromkeys(texts(call.args[place]), code)
+            if name == "Refused" and len(call.args) > 1:
+                found |= dict.fromkeys(texts(call.args[1]), "202")  # dropped
             if name == "Fate":
                 given = {key.arg: texts(key.value) for key in call.keywords}
-                unavailable = given.get("status") == ["unavailable"]
-                found |= dict.fromkeys(
-                    given.get("reason", []), "503" if unavailable else "429"
-                )
+                fate = (given.get("status") or [""])[0]
+                known = {"unavailable": "503", "token_used_up": "401"}
+                for reason in given.get("reason", []):
+                    found[reason] = known.get(fate) or known.get(reason) or "429"
     found |= {reason: "400" for _, reason, _ in events._RULES}
     return found
 
@@ -380,7 +411,7 @@ def expanded(reasons: dict[str, str]) -> dict[str, str]:
         for field in msgspec.structs.fields(part)
         if field.required
     }
-    holes = {"{key}_missing": required, "rate_limited_*": DIMENSIONS}
+    holes = {"{key}_missing": required, "rate_limited_*": (*DIMENSIONS, "event")}
     return {
         re.sub(r"\{key\}|\*", filling, reason): status
         for reason, status in reasons.items()
@@ -435,14 +466,26 @@ def test_the_delivery_table_is_that_of_the_code() -> None:
                     assert "`rejected`" in at_least
                 case Verdict.HOLD:
                     assert f"hold (`{answer.hold}`)" in at_least, status
-    assert told >= set(voucherify._BY_STATUS) | {299, 399, 499, 599}
+    assert told >= set(verdicts._BY_STATUS) | {299, 399, 499, 599}
 
 
 def test_the_headers_for_voucherify_are_told() -> None:
     [block] = re.findall(r"headers = \{(.*?)\}\n", read("relay/voucherify.py"), re.S)
     sent = re.findall(r'^\s+"([\w-]+)":', block, re.MULTILINE)
-    told = first_column(section("docs/protocol.md", "What Voucherify gets"))
-    assert sorted(told) == sorted(sent)
+    said = section("docs/protocol.md", "What Voucherify gets")
+    told = first_column(said.partition("### Credentials")[0])
+    assert sorted(told) == sorted([*sent, "origin"])
+
+
+def test_the_credential_schemes_are_those_of_the_settings() -> None:
+    said = section("docs/protocol.md", "What Voucherify gets")
+    rows = tables(said.partition("### Credentials")[2])
+    told = {(*coded(row[0]), *coded(row[1])): coded(row[2]) for row in rows}
+    real = {
+        scheme: [variable(field) for field in fields]
+        for scheme, fields in CREDENTIALS.items()
+    }
+    assert told == real
 
 
 # --- docs/operations.md ---------------------------------------------------------------
@@ -477,22 +520,27 @@ def test_every_counter_is_told() -> None:
         found = re.finditer(rf"\bnote\(('[^']*'(?:{_PART})*),", source)
         noted |= {template(m[1]) for m in found}
     assert {"no_room", "event:<>:<>", "reason:<>"} <= noted
+    for tree in trees("policy", "edge"):
+        for name, call in calls(tree):
+            if name == "append" and "notes" in ast.unparse(call.func):
+                noted |= set(texts(call.args[0]))
+    assert {"gpc_stripped", "untrusted_proxy"} <= noted
     for field in noted:
-        kind = field.replace("reason:rate_limited_<>", "reason:<>")
+        kind = re.sub(r"^(reason|would_refuse):.+", r"\1:<>", field)
         assert kind in documented, field
 
 
 def reasons_of_dead_letters() -> set[str]:
     """Why an event may be buried, as far as the relay itself gives the reason."""
-    found = {reason for pair in voucherify.FAILURES.values() for reason in pair}
-    found |= {voucherify._REASONS[Verdict.WAIT]}
+    found = {reason for pair in transport.FAILURES.values() for reason in pair}
+    found |= {verdicts._REASONS[Verdict.WAIT]}
     for source in LUA.values():
         found |= set(re.findall(r"bury\(\w+, \w+, '\w+', '(\w+)'", source))
     for tree in trees("forwarder"):
         for name, call in calls(tree):
             if name == "_interrupted":
                 found |= set(texts(call.args[1]))
-    for tree in trees("voucherify"):
+    for tree in trees("verdicts"):
         found |= {
             text.replace("*", "<status>")
             for node in ast.walk(tree)
@@ -543,6 +591,18 @@ def test_every_log_line_is_told_with_its_level() -> None:
     assert len(rows) > 15
 
 
+def commands(group: object, name: str = "") -> dict[str, set[str]]:
+    """Each command with its options; those of a group under both names."""
+    found: dict[str, set[str]] = {}
+    for word, command in vars(group)["commands"].items():
+        if "commands" in vars(command):
+            found |= commands(command, f"{word} ")
+        else:
+            options = {o for parameter in command.params for o in parameter.opts}
+            found[name + word] = {o for o in options if o.startswith("--")}
+    return found
+
+
 def test_every_command_is_told_with_its_options() -> None:
     documented: dict[str, set[str]] = {}
     for command, option, _ in tables(section("docs/operations.md", "Commands")):
@@ -550,12 +610,7 @@ def test_every_command_is_told_with_its_options() -> None:
             name = coded(command)[0].removeprefix("relay ")
             documented[name] = set()
         documented[name].update(coded(option))
-    group = typer.main.get_command(app)
-    real = {
-        name: {o for parameter in command.params for o in parameter.opts}
-        for name, command in vars(group)["commands"].items()
-    }
-    assert documented == real
+    assert documented == commands(typer.main.get_command(app))
 
 
 def test_every_exit_code_is_told() -> None:
@@ -570,16 +625,16 @@ def test_every_exit_code_is_told() -> None:
 
 def test_every_route_of_the_ops_listener_is_told() -> None:
     for route in ops_app({}).routes:
-        assert f"`GET {vars(route)['path']}`" in section(
-            "docs/operations.md", "Readiness"
-        )
+        method = "POST" if "POST" in vars(route)["methods"] else "GET"
+        told = section("docs/operations.md", "Readiness")
+        assert f"`{method} {vars(route)['path']}`" in told
     station = next(trees("assembly"))
     checks = [n for n in ast.walk(station) if isinstance(n, ast.FunctionDef)]
     [made] = [node for node in checks if node.name == "checks"]
     example = json.loads(
         re.findall(r"`(\{\"status.*?\})`", read("docs/operations.md"))[0]
     )
-    assert set(example["checks"]) == set(texts(made.body[-1]))
+    assert set(example["checks"]) == {*texts(made.body[-1]), "catalog"}
 
 
 # --- numbers --------------------------------------------------------------------------

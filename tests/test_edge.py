@@ -12,21 +12,22 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from relay.addresses import TrustedProxies
+from relay.answers import Header, Response
+from relay.digests import Digests
 from relay.edge import (
     MAX_BODY_BYTES,
     MAX_WAIT_S,
-    Admission,
+    Admitted,
     Edge,
     Fate,
     Head,
-    Header,
-    Response,
     inflate,
 )
 from relay.events import Invalid
 from relay.limits import parse_limits
 from relay.origins import AllowedOrigins
 from relay.outcomes import Outcome
+from relay.policy import Policy
 
 SHOP = b"https://shop.example"
 PEER = "192.0.2.1"
@@ -48,8 +49,8 @@ def make(
         origins=AllowedOrigins(origins),
         proxies=TrustedProxies(proxies),
         limits=parse_limits(limits),
-        digest_key=b"k",
-        ttl_ms=1000,
+        digests=Digests(b"k"),
+        policy=Policy(ttl_ms=1000),
         allow_no_origin=allow_no_origin,
     )
 
@@ -80,14 +81,14 @@ def refused(*headers: Header, **how: object) -> Response:
     return response
 
 
-def admitted(body: object, *headers: Header, edge: Edge = EDGE) -> Admission:
-    admission = edge.body(accepted(*headers, edge=edge), raw(body))
-    assert isinstance(admission, Admission), admission
+def admitted(body: object, *headers: Header, edge: Edge = EDGE) -> Admitted:
+    admission = edge.body(accepted(*headers, edge=edge), raw(body), now=0)
+    assert isinstance(admission, Admitted), admission
     return admission
 
 
 def condemned(body: object, *headers: Header, edge: Edge = EDGE) -> Response:
-    response = edge.body(accepted(*headers, edge=edge), raw(body))
+    response = edge.body(accepted(*headers, edge=edge), raw(body), now=0)
     assert isinstance(response, Response), response
     return response
 
@@ -214,7 +215,10 @@ def test_an_allowed_origin_is_echoed_exactly(origin: bytes) -> None:
 def test_a_preflight_allows_what_a_beacon_needs() -> None:
     response = refused(
         (b"access-control-request-method", b"POST"),
-        (b"access-control-request-headers", b"content-encoding,content-type,prefer"),
+        (
+            b"access-control-request-headers",
+            b"content-encoding,content-type,relay-token",
+        ),
         method="OPTIONS",
     )
     told = fields(response)
@@ -222,7 +226,7 @@ def test_a_preflight_allows_what_a_beacon_needs() -> None:
     assert told["access-control-allow-origin"] == SHOP.decode()
     assert told["access-control-allow-methods"] == "POST"
     allowed = set(told["access-control-allow-headers"].split(", "))
-    assert allowed == {"content-type", "content-encoding", "prefer"}
+    assert allowed == {"content-type", "content-encoding", "prefer", "relay-token"}
     assert int(told["access-control-max-age"]) > 0
     assert told["vary"] == "Origin"
 
@@ -781,8 +785,8 @@ def test_any_request_has_an_answer_of_the_documented_kind(
     judged = edge.head(method, headers, peer)
     response = judged if isinstance(judged, Response) else None
     if isinstance(judged, Head):
-        admission = edge.body(judged, body)
-        if isinstance(admission, Admission):
+        admission = edge.body(judged, body, now=0)
+        if isinstance(admission, Admitted):
             response = edge.answer(admission, fates[: len(admission.events)], (0, 1, 1))
         else:
             response = admission

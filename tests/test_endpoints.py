@@ -15,10 +15,12 @@ from uvicorn._types import ASGIApplication
 
 from relay.addresses import TrustedProxies
 from relay.admission import Admission
+from relay.digests import Digests
 from relay.edge import MAX_BODY_BYTES, Edge
 from relay.endpoints import MAX_WAITED_EVENTS, Track
 from relay.limits import parse_limits
 from relay.origins import AllowedOrigins
+from relay.policy import Policy
 from relay.queue import Queue
 from tests.queues import Bench, Clock, result
 from tests.support import eventually, serve
@@ -167,8 +169,8 @@ async def start(valkey_url: str, prefix: str) -> AsyncIterator[Start]:
                     origins=AllowedOrigins(origins),
                     proxies=TrustedProxies(proxies),
                     limits=rules,
-                    digest_key=b"k",
-                    ttl_ms=3_600_000,
+                    digests=Digests(b"k"),
+                    policy=Policy(ttl_ms=3_600_000),
                     allow_no_origin=allow_no_origin,
                 ),
                 admission=admission,

@@ -10,6 +10,7 @@ from relay.events import (
     MAX_EVENTS,
     Event,
     Invalid,
+    identified,
     read_body,
     read_event,
     upstream_body,
@@ -22,10 +23,14 @@ def event(**parts: object) -> dict[str, object]:
     return {"event": "e", "customer": CUSTOMER, **parts}
 
 
+def upstream(event: Event) -> bytes:
+    return upstream_body(event, identified(event))
+
+
 def forwarded(body: object) -> object:
     raw = json.dumps(body).encode() if not isinstance(body, bytes) else body
-    [only] = read_body(raw).events
-    return json.loads(upstream_body(read_event(only)))
+    [only] = read_all(raw)
+    return json.loads(upstream(only))
 
 
 def refusal(body: object) -> Invalid:
@@ -36,7 +41,10 @@ def refusal(body: object) -> Invalid:
 
 
 def read_all(raw: bytes) -> list[Event]:
-    return [read_event(one) for one in read_body(raw).events]
+    events = [read_event(one) for one in read_body(raw).events]
+    for event in events:
+        identified(event)
+    return events
 
 
 DOCUMENTED = [
@@ -166,7 +174,7 @@ REFUSED: dict[str, tuple[object, str, str]] = {
         "customer_unidentified",
         "customer.source_id",
     ),
-    "customer-null": (event(customer=None), "wrong_type", "customer must be an object"),
+    "customer-null": (event(customer=None), "customer_missing", "customer is required"),
     "customer-empty-source-id": (
         event(customer={"source_id": ""}),
         "customer_unidentified",
@@ -273,10 +281,10 @@ def test_numbers_keep_their_kind_and_every_digit() -> None:
         b'"true":true,"one":1,"text":"1"}}'
     )
     [only] = read_body(raw).events
-    assert b'"int":123456789012345678901234567890,"float":0.1' in upstream_body(
+    assert b'"int":123456789012345678901234567890,"float":0.1' in upstream(
         read_event(only)
     )
-    assert upstream_body(read_event(only)).endswith(
+    assert upstream(read_event(only)).endswith(
         b'"odd":9007199254740993,"true":true,"one":1,"text":"1"}}'
     )
 
@@ -284,9 +292,7 @@ def test_numbers_keep_their_kind_and_every_digit() -> None:
 def test_a_key_said_twice_reaches_voucherify_once() -> None:
     raw = b'{"event":"a","event":"e","customer":{"source_id":"x","source_id":"a"}}'
     [only] = read_body(raw).events
-    assert (
-        upstream_body(read_event(only)) == b'{"event":"e","customer":{"source_id":"a"}}'
-    )
+    assert upstream(read_event(only)) == b'{"event":"e","customer":{"source_id":"a"}}'
 
 
 @pytest.mark.parametrize(
@@ -318,7 +324,7 @@ def explain_or_forward(body: bytes) -> None:
     except Invalid as invalid:
         refused = invalid
     else:
-        assert all(json.loads(upstream_body(event)) for event in events)
+        assert all(json.loads(upstream(event)) for event in events)
         return
     assert refused.reason
     assert refused.detail.endswith(".")

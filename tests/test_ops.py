@@ -108,7 +108,8 @@ def test_off_loopback_the_probes_are_open_and_the_rest_is_not_there(
         for path, status in [("/healthz", 200), ("/readyz", 200), ("/stats", 404)]:
             assert httpx.get(f"http://127.0.0.1{url}{path}").status_code == status
         bearer = {"Authorization": f"Bearer {token}"}
-        answer = httpx.get(f"http://127.0.0.1{url}/tokens", headers=bearer)
-        assert answer.status_code == 404
+        for headers, status in [({}, 401), (bearer, 409)]:  # 409: no signing key
+            answer = httpx.post(f"http://127.0.0.1{url}/tokens", headers=headers)
+            assert answer.status_code == status
         assert relay.stop() == 0
         assert token not in relay.said

@@ -1,10 +1,13 @@
 """Processes that serve: their sockets, their children, and how they end."""
 
+import fcntl
 import os
 import signal
 import socket
 import stat
+import subprocess
 import sys
+import termios
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +29,7 @@ from tests.integration.stack import (
     stack,
 )
 from tests.processes import children, gone
+from tests.programs import RELAY
 from tests.support import eventually
 
 pytestmark = pytest.mark.anyio
@@ -226,17 +230,39 @@ async def test_children_whose_parent_was_killed_drain_and_leave_the_port(
         listen("127.0.0.1", int(url.split(":")[2].split("/")[0])).close()
 
 
+def on_terminal(relay: Stack) -> tuple[Process, int]:
+    """`relay serve --workers 2` in a terminal of its own, and the other end of that."""
+    terminal, inside = os.openpty()
+    said = relay.directory / "terminal.log"
+    with said.open("wb") as out:
+        popen = subprocess.Popen(
+            [*RELAY, "serve", "--workers", "2"],
+            env=relay.environ,
+            cwd=relay.directory,
+            stdin=inside,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )
+    os.close(inside)
+    relay.processes.append(Process(popen, said))
+    return relay.processes[-1], terminal
+
+
 async def test_a_terminal_that_closes_ends_the_relay_with_a_drain(
     valkey_url: str, prefix: str, tmp_path: Path
 ) -> None:
     async with stack(valkey_url, prefix, tmp_path) as relay, Sender() as sender:
-        process = relay.start("serve", "--workers", "2")
+        process, terminal = on_terminal(relay)
         url = await process.track_url()
         await ready(process)
+        # Not the terminal's doing: the catalogue is read again, and nothing ends.
+        os.killpg(process.pid, signal.SIGHUP)
         relay.sandbox.fail_next(1, delay=0.5)
         assert await sender.send(url, 1) == 202
         await in_flight(relay, 1)
-        os.killpg(process.pid, signal.SIGHUP)
+        os.close(terminal)
         assert await ended(process) == 0
         assert relay.delivered_ids() == ["1"]
         await gone(group=process.pid)

@@ -12,13 +12,14 @@ from pydantic import SecretStr, ValidationError
 from relay.errors import SettingsError
 from relay.limits import DEFAULT_LIMITS, Window, parse_limits
 from relay.settings import (
+    CREDENTIALS,
     ENV_FILE,
     KNOWN,
-    REQUIRED,
     SECRETS,
     Role,
     Settings,
     load_settings,
+    required,
     variable,
 )
 
@@ -30,6 +31,20 @@ COMPLETE = {
     "RELAY_CLIENT_APPLICATION_ID": "app-1",
     "RELAY_CLIENT_TOKEN": "tok-secret-1",
     "RELAY_ORIGIN": "shop.example",
+}
+
+# Every credential there is, so that any scheme can be chosen.
+KEYS = {
+    variable(field): example
+    for field, example in (
+        ("server_app_id", "server-1"),
+        ("server_app_token", "tok-secret-5"),
+        ("oauth_app_id", "service-1"),
+        ("oauth_app_secret", "tok-secret-6"),
+        ("oauth_project_id", "proj_1"),
+        ("oauth_scope", "events.create"),
+        ("signing_keys", "k" * 32),
+    )
 }
 
 # Not printable, not ASCII, nobody's grammar; and told apart in any message.
@@ -53,6 +68,18 @@ def faults(
     pairs = [line.split(": ", 1) for line in caught.value.faults]
     assert len(dict(pairs)) == len(pairs)
     return dict(pairs)
+
+
+TRUSTED = (
+    "RELAY_ANONYMOUS: senders without a token are trusted, so any visitor can "
+    "overwrite a customer's profile and mint points. Set RELAY_SIGNING_KEYS and give "
+    "pages tokens, or set RELAY_ANONYMOUS=restricted."
+)
+
+
+def shown(secret: SecretStr | None) -> str:
+    assert secret is not None
+    return secret.get_secret_value()
 
 
 def example(field: str) -> str:
@@ -101,14 +128,14 @@ def test_values_are_ready_to_use() -> None:
     assert settings.ttl == 172_800
     assert settings.redis_url is not None
     assert settings.redis_url.get_secret_value().endswith("/1")
-    assert settings.client_token.get_secret_value() == "tok-secret-1"
+    assert shown(settings.client_token) == "tok-secret-1"
     assert settings.upstream_url == "http://127.0.0.1:9999"
     assert settings.allow_no_origin is True
 
 
 @pytest.mark.parametrize("role", list(Role))
 def test_a_role_needs_what_it_uses_and_nothing_else(role: Role) -> None:
-    needed = {variable(field) for field in REQUIRED[role]}
+    needed = {variable(field) for field in required(role)}
     load_settings(role, {name: COMPLETE[name] for name in needed})
     if needed:
         missing = faults(role)
@@ -143,7 +170,8 @@ def test_every_fault_is_reported_at_once_in_the_order_of_the_documents() -> None
 
 @pytest.mark.parametrize("field", FIELDS)
 def test_the_example_of_a_setting_is_valid(field: str) -> None:
-    environ = {**COMPLETE, "RELAY_OPS_TOKEN": "t", variable(field): example(field)}
+    given = {"RELAY_OPS_TOKEN": "t", variable(field): example(field)}
+    environ = {**COMPLETE, **KEYS, **given}
     assert load_settings(Role.SERVE, environ) is not None
 
 
@@ -248,8 +276,8 @@ def test_a_secret_may_come_from_a_file(tmp_path: Path) -> None:
     environ = {**COMPLETE, "RELAY_CLIENT_TOKEN_FILE": str(tmp_path / "token")}
     del environ["RELAY_CLIENT_TOKEN"]
     settings = load_settings(Role.SERVE, environ)
-    assert settings.client_token.get_secret_value() == "tok-secret-2"
-    assert settings.warnings == ()
+    assert shown(settings.client_token) == "tok-secret-2"
+    assert settings.warnings == (TRUSTED,)
 
 
 @pytest.mark.parametrize("content", [None, b"", b" \n", b"\xff\xfe", b"x" * 300_000])
@@ -345,7 +373,7 @@ def test_overrides_take_plain_values(tmp_path: Path) -> None:
     assert (settings.port, settings.allow_no_origin) == (0, True)
     assert settings.data_dir == tmp_path
     assert len(settings.allowed_origins.patterns) == 2
-    assert settings.client_token.get_secret_value() == "tok-secret-3"
+    assert shown(settings.client_token) == "tok-secret-3"
     assert faults(Role.READ, {}, port=70_000).keys() == {"RELAY_PORT"}
     with pytest.raises(TypeError, match="has no setting 'prot'"):
         load_settings(Role.READ, {}, prot=1)
@@ -371,14 +399,8 @@ def test_an_unknown_variable_in_the_env_file_is_a_warning_too(tmp_path: Path) ->
 @pytest.mark.parametrize(
     "name",
     [
-        "RELAY_CATALOG",
-        "RELAY_TOKENS",
-        "RELAY_SIGNING_KEYS",
-        "RELAY_SIGNING_KEYS_FILE",
-        "RELAY_UPSTREAM_API",
-        "RELAY_AUTH",
         "RELAY_DURABILITY",
-        "RELAY_OAUTH_SCOPE",
+        "RELAY_UPSTREAM_RESERVE",
     ],
 )
 def test_a_setting_of_a_later_version_says_so(name: str) -> None:
@@ -393,11 +415,92 @@ def test_what_is_allowed_but_doubtful_is_a_warning() -> None:
         "RELAY_CLIENT_TOKEN": "t",
         "RELAY_UDS": "/run/relay.sock",
     }
-    anyone, socket = load_settings(Role.EDGE, doubtful).warnings
+    trusted, anyone, socket = load_settings(Role.EDGE, doubtful).warnings
+    assert trusted.startswith("RELAY_ANONYMOUS: ")
     assert anyone.startswith("RELAY_ALLOWED_ORIGINS: ")
     assert socket.startswith("RELAY_TRUSTED_PROXIES: ")
     cured = {**doubtful, "RELAY_TRUSTED_PROXIES": "unix"}
+    assert load_settings(Role.EDGE, cured).warnings == (trusted, anyone)
+    cured |= {"RELAY_ANONYMOUS": "restricted"}
     assert load_settings(Role.EDGE, cured).warnings == (anyone,)
+    assert load_settings(Role.READ, doubtful).warnings == (anyone, socket)
+
+
+@pytest.mark.parametrize(
+    ("environ", "about"),
+    [
+        ({}, "RELAY_ANONYMOUS"),  # auto, and no key: trusted
+        ({"RELAY_SIGNING_KEYS": "k" * 32}, None),  # auto, and a key: restricted
+        (
+            {"RELAY_SIGNING_KEYS": "k" * 32, "RELAY_ANONYMOUS": "trusted"},
+            "RELAY_ANONYMOUS",
+        ),
+        (
+            {
+                "RELAY_SIGNING_KEYS": "k" * 32,
+                "RELAY_ANONYMOUS": "trusted",
+                "RELAY_TOKENS": "required",
+            },
+            None,
+        ),
+        ({"RELAY_SIGNING_KEYS": "k" * 32, "RELAY_TOKENS": "dry_run"}, "RELAY_TOKENS"),
+        ({"RELAY_SIGNING_KEYS": "k" * 32, "RELAY_TOKENS": "off"}, "RELAY_TOKENS"),
+    ],
+)
+def test_what_visitors_may_do_is_said_at_the_start(
+    environ: dict[str, str], about: str | None
+) -> None:
+    warnings = load_settings(Role.SERVE, {**COMPLETE, **environ}).warnings
+    assert [warning.split(":")[0] for warning in warnings] == ([about] if about else [])
+
+
+@pytest.mark.parametrize(("api", "auth"), list(CREDENTIALS))
+def test_a_credential_scheme_needs_what_it_uses_and_nothing_else(
+    api: str, auth: str
+) -> None:
+    scheme = {"RELAY_UPSTREAM_API": api, "RELAY_AUTH": auth}
+    for role in (Role.SERVE, Role.EDGE, Role.WORKER):
+        needed = {variable(field) for field in required(role, api, auth)}
+        given = {n: v for n, v in (COMPLETE | KEYS).items() if n in needed}
+        settings = load_settings(role, {**given, **scheme})
+        assert settings.digest_secret
+        assert faults(role, scheme).keys() == needed
+    # All relays of a shop count under the same digests, whatever their role.
+    edge, worker = required(Role.EDGE, api, auth), required(Role.WORKER, api, auth)
+    assert set(edge) & set(worker) & set(SECRETS)
+
+
+@pytest.mark.parametrize(
+    ("environ", "calls"),
+    [
+        ({}, (4, 5_000)),
+        ({"RELAY_UPSTREAM_API": "server"}, (90, 60_000)),
+        ({"RELAY_UPSTREAM_API": "server", "RELAY_UPSTREAM_BUDGET": "1/1s"}, (1, 1_000)),
+    ],
+)
+def test_the_default_budget_is_that_of_the_api(
+    environ: dict[str, str], calls: tuple[int, int]
+) -> None:
+    [window] = load_settings(
+        Role.SERVE, {**COMPLETE, **KEYS, **environ}
+    ).upstream_budget
+    assert (window.quota, window.period_ms) == calls
+
+
+def test_tokens_cannot_be_required_without_a_key() -> None:
+    for rule in ("required", "dry_run"):
+        found = faults(Role.SERVE, {**COMPLETE, "RELAY_TOKENS": rule})
+        assert found.keys() == {"RELAY_SIGNING_KEYS"}
+        assert "relay keygen" in found["RELAY_SIGNING_KEYS"]
+
+
+@pytest.mark.parametrize(
+    "keys", ["short", f"{'a' * 32},{'a' * 32}", "x" * 513, " ".join("abcdefghijk")]
+)
+def test_weak_double_and_too_many_keys_are_refused(keys: str) -> None:
+    found = faults(Role.SERVE, {**COMPLETE, "RELAY_SIGNING_KEYS": keys})
+    assert found.keys() == {"RELAY_SIGNING_KEYS"}
+    assert keys[:32] not in found["RELAY_SIGNING_KEYS"]
 
 
 @pytest.mark.parametrize(
@@ -496,7 +599,7 @@ def test_the_document_names_the_files_of_all_secrets() -> None:
     ],
 )
 def test_the_document_says_what_a_command_needs(role: Role, command: str) -> None:
-    needs = ", ".join(f"`{variable(field)}`" for field in REQUIRED[role]) or "nothing"
+    needs = ", ".join(f"`{variable(field)}`" for field in required(role)) or "nothing"
     assert f"| {command} | {needs} |" in documented().splitlines()
 
 
@@ -519,7 +622,7 @@ def test_the_example_file_has_every_setting_with_one_line_about_it() -> None:
             about = str(FIELDS[field].description).replace("`", "")
             if field in SECRETS:
                 about += f" Or its file: {name}_FILE."
-            needed = field in REQUIRED[Role.SERVE]
+            needed = field in required(Role.SERVE)
             assert comment == f"# {about}"
             assert value == (example(field) if needed else FIELDS[field].default)
     assert sorted(seen) == sorted(FIELDS)
@@ -532,6 +635,6 @@ def test_the_example_file_starts_a_relay_once_it_is_uncommented(
     text = (ROOT / ".env.example").read_text()
     (tmp_path / ".env").write_text(re.sub(r"^# (RELAY_)", r"\1", text, flags=re.M))
     settings = load_settings(Role.SERVE, {"HOME": "/home/someone"})
-    assert settings.warnings == ()
+    assert [w.split(":")[0] for w in settings.warnings] == ["RELAY_ANONYMOUS"]
     assert settings.limits == parse_limits(DEFAULT_LIMITS)
     assert settings.allowed_origins.allows("https://www.shop.example")

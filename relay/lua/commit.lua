@@ -9,11 +9,15 @@
 --       3 settings, packed {queue_max, dedupe_ms, {{dimension, emission_us,
 --         tolerance_us, dry_run}...}}
 --       4 requests, packed {{ip digest, {{id, given, customer digest, name, lane,
---         delivery, ttl_ms, body}...}}...}; `given`: the sender chose the id
---       5 refusals of the edge, packed {{outcome, reason, name, n}...}
+--         delivery, ttl_ms, body, special}...}}...}; `given`: the sender chose the
+--         id; `special` nil or {name digest, coalesce_ms, quota, period_ms, dry_run,
+--         token digest, uses, life_ms, dry_run}: what is counted for this event alone
+--       5 refusals of the edge, packed {{outcome, reason, name, n}...}; without an
+--         outcome the reason is a counter's name
 -- Reply packed {{dimension, remaining, reset_us, {code, wait_us...}}...}, one for
 --       each request: the tightest limit (-1: none), and for each event 0 queued,
---       1 duplicate, 2 no room, 3+d over limit d (from 0). "STALE" for a straggler.
+--       1 duplicate, 2 no room, 3+d over limit d (from 0), -1 coalesced, -2 its token
+--       is used up, -3 over the event's own limit. "STALE" for a straggler.
 local SLOT_MS = 3600000  -- longer than any relay goes on trying one commit
 local MADE_ID_MS = 120000  -- how long an id of the relay's own making is known
 local RATE_CLAMP_US = 5000000  -- a clock that stepped back blocks nobody for longer
@@ -58,8 +62,67 @@ end
 local room = settings[1] - call('ZCARD', P .. ':delayed')
 for _, lane in ipairs(LANES) do room = room - call('XLEN', stream(lane)) end
 
+local function refuse(name, outcome, reason)
+  count(outcome, 1)
+  note('reason:' .. reason, 1)
+  count_event(name, outcome, 1)
+end
+
+-- What is counted for one event alone. Exact, not a bucket: a bucket of three a day
+-- lets five through in one, and here each of them may be points. Nothing is charged
+-- yet; returns a code and a wait, or nil and how to charge it.
+local function meet(special, customer, name)
+  local digest, coalesce_ms, quota, period_ms, limit_dry, token, uses, life_ms,
+    token_dry = unpack(special)
+  local charges = {}
+  if coalesce_ms > 0 then
+    local key = P .. ':coalesce:' .. customer .. ':' .. digest
+    if call('EXISTS', key) == 1 then
+      count('coalesced', 1)
+      count_event(name, 'coalesced', 1)
+      return -1, 0
+    end
+    charges[#charges + 1] = function() call('SET', key, '', 'PX', coalesce_ms) end
+  end
+  if quota > 0 then
+    local key = P .. ':rl:event:' .. digest .. ':' .. customer
+    local oldest = tonumber(call('LINDEX', key, quota - 1) or -period_ms)
+    -- A stamp from before the clock stepped back counts as of now.
+    local wait_ms = math.min(oldest + period_ms - now_ms, period_ms)
+    if wait_ms > 0 and not limit_dry then
+      refuse(name, 'rate_limited', 'rate_limited_event')
+      return -3, wait_ms * 1000
+    end
+    if wait_ms > 0 then  -- in dry run as if enforced alone: what is over is not charged
+      note('would_refuse:event', 1)
+    else
+      charges[#charges + 1] = function()
+        call('LPUSH', key, now_ms)
+        call('LTRIM', key, 0, quota - 1)
+        call('PEXPIRE', key, period_ms)
+      end
+    end
+  end
+  if uses > 0 then
+    local key = P .. ':uses:' .. token
+    local spent = tonumber(call('GET', key) or 0) >= uses
+    if spent and not token_dry then
+      refuse(name, 'unauthenticated', 'token_used_up')
+      return -2, 0
+    elseif spent then
+      note('would_refuse:token', 1)
+    else
+      charges[#charges + 1] = function()
+        call('INCR', key)
+        call('PEXPIRE', key, life_ms)
+      end
+    end
+  end
+  return nil, charges
+end
+
 local function admit(request_ip, event)
-  local id, given, customer, name, lane, delivery, ttl_ms, body = unpack(event)
+  local id, given, customer, name, lane, delivery, ttl_ms, body, special = unpack(event)
   if room <= 0 then note('no_room', 1) return 2, 0 end
   local wait, refuser = 0, 0
   for d = 1, #dims do
@@ -74,12 +137,27 @@ local function admit(request_ip, event)
   count('received', 1)
   count_event(name, 'received', 1, 1)
   if refuser > 0 then
-    count('rate_limited', 1)
-    note('reason:rate_limited_' .. dims[refuser][1], 1)
-    count_event(name, 'rate_limited', 1)
+    refuse(name, 'rate_limited', 'rate_limited_' .. dims[refuser][1])
     return 2 + refuser, wait
   end
   local seen = P .. ':seen:' .. customer .. ':' .. id  -- another's id is not taken
+  local charges = {}
+  if special then
+    -- Before what it may have used up itself: who sends an event again because the
+    -- answer was lost must not hear that its token is spent.
+    if given and call('EXISTS', seen) == 1 then
+      count('duplicate', 1)
+      count_event(name, 'duplicate', 1)
+      return 1, 0
+    end
+    local code, more = meet(special, customer, name)
+    if code then
+      -- A sender is done with a coalesced event, so its repeat is a duplicate.
+      if code == -1 then call('SET', seen, '', 'PX', settings[2]) end
+      return code, more
+    end
+    charges = more
+  end
   if not given then
     -- Made once, so never a duplicate itself; but after a 503 whose result nobody
     -- knew, its sender may repeat it under the id that the answer told.
@@ -89,6 +167,7 @@ local function admit(request_ip, event)
     count_event(name, 'duplicate', 1)
     return 1, 0
   end
+  for _, charge in ipairs(charges) do charge() end
   for d = 1, #dims do
     local key = rate_key(dims[d][1], request_ip, customer)
     if tat[key] + dims[d][2] - now_us <= dims[d][3] then  -- not over: charged
@@ -137,10 +216,14 @@ for key in pairs(dirty) do
 end
 for _, refusal in ipairs(cmsgpack.unpack(ARGV[5])) do
   local outcome, reason, name, n = unpack(refusal)
-  count('received', n)
-  count(outcome, n)
-  note('reason:' .. reason, n)
-  if name ~= '' then
+  if outcome == '' then
+    note(reason, n)
+  else
+    count('received', n)
+    count(outcome, n)
+    note('reason:' .. reason, n)
+  end
+  if outcome ~= '' and name ~= '' then
     count_event(name, 'received', n, n)
     count_event(name, outcome, n)
   end

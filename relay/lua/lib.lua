@@ -49,8 +49,8 @@ local function note(field, n)  -- this minute and this hour only
   windows[field] = (windows[field] or 0) + n
 end
 
--- The name to count an event under: its own while it is among the most frequent,
--- else `other`. Space-saving (Metwally et al. 2005) over NAMES_KEPT candidates.
+-- The name to count an event under: its own while it is in the catalogue or among the
+-- most frequent, else `other`. Space-saving (Metwally et al. 2005) over NAMES_KEPT candidates.
 local labels = {}
 local function label(full, n)
   if labels[full] then return labels[full] end
@@ -58,6 +58,10 @@ local function label(full, n)
   if #name > NAME_BYTES then  -- cut before a whole character, told apart by a digest
     name = string.gsub(string.sub(name, 1, NAME_BYTES), '[\192-\255][\128-\191]*$', '')
       .. '~' .. string.sub(redis.sha1hex(full), 1, 8)
+  end
+  if call('SISMEMBER', P .. ':catalog', full) == 1 then
+    labels[full] = name
+    return name
   end
   local key = P .. ':names'
   local known = tonumber(call('ZSCORE', key, name) or 0)

@@ -221,6 +221,41 @@ async def test_a_beacon_gets_through_and_the_page_can_read_the_answer(
     await eventually(arrived)
 
 
+async def test_voucherifys_own_clients_get_through(
+    stack: Stack, shopper: httpx.AsyncClient
+) -> None:
+    keys = {
+        "content-type": "application/json",
+        "x-client-application-id": "theirs",
+        "x-client-token": "theirs",
+    }
+    body = beacon("official", metadata={"n": 1})
+    answer = await shopper.post("/client/v1/events", json=body, headers=keys)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["customer"] == {"object": "customer", "source_id": "official"}
+    assert_readable(answer)
+    doubled = await shopper.post(
+        f"{stack.url}//client/v1/events", json=beacon("doubled"), headers=keys
+    )
+    assert doubled.status_code == 200, doubled.text
+
+    async def arrived() -> bool:
+        known = {record.source_id for record in stack.sandbox.events}
+        return {"official", "doubled"} <= known
+
+    await eventually(arrived)
+
+
+async def test_a_token_and_the_privacy_signal_reach_the_relay(
+    shopper: httpx.AsyncClient,
+) -> None:
+    answer = await shopper.post(
+        "/track", json=beacon("signalled"), headers={"relay-token": "no-token"}
+    )
+    # There is no key to check it with, and the relay says so: it has read it.
+    assert (answer.status_code, answer.json()["reason"]) == (401, "token_unexpected")
+
+
 async def test_a_preflight_is_answered_by_the_relay(
     shopper: httpx.AsyncClient,
 ) -> None:

@@ -131,7 +131,10 @@ async def test_a_second_relay_in_one_directory_is_refused_with_the_pid_of_the_fi
     async with standalone(valkey_url, prefix, tmp_path) as relay, Sender() as sender:
         first = relay.start("serve")
         url = await first.track_url()
-        others = [relay.start("serve"), relay.start("worker")]
+        others = [
+            relay.start("serve", anonymous="restricted"),
+            relay.start("worker"),
+        ]
         for second in others:
             assert await ended(second) == 1
             assert second.text == (
@@ -206,7 +209,9 @@ async def test_a_stop_while_redis_stays_silent_is_quick_and_quiet(
         await asyncio.start_server(say_nothing, "127.0.0.1") as silent,
     ):
         host, port = silent.sockets[0].getsockname()
-        process = relay.start("serve", redis_url=f"redis://{host}:{port}")
+        process = relay.start(
+            "serve", redis_url=f"redis://{host}:{port}", anonymous="restricted"
+        )
         await asked.wait()
         assert await process.stop(within=5) == 0
         assert process.text == ""

@@ -1,0 +1,214 @@
+"""What the relay answers, in the words of the route that was asked.
+
+The decision is the same on every route (edge.py); a dialect gives it a form. Beacons
+get the relay's own JSON and problem documents, Voucherify's own clients get what
+Voucherify would have said, made only of what the sender itself has sent.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import msgspec
+
+from relay.events import Event
+from relay.outcomes import Outcome
+
+Header = tuple[bytes, bytes]
+Refusal = tuple[Outcome, str, str]  # outcome, reason, event name or ""
+
+JSON = (b"content-type", b"application/json")
+PROBLEM = (b"content-type", b"application/problem+json")
+
+# The sender is done with these.
+DONE = {"queued", "duplicate", "coalesced", "dropped"}
+# The status when every event was refused: the highest of these, so that a sender
+# who can still get something in by waiting is told to wait.
+STATUS = {
+    "invalid": 400,
+    "unauthenticated": 401,
+    "forbidden": 403,
+    "rate_limited": 429,
+    "unavailable": 503,
+}
+
+
+@dataclass(slots=True)
+class Response:
+    """An answer, the refusals it stands for, and what else is to be counted."""
+
+    status: int
+    headers: list[Header]
+    body: bytes = b""
+    refusals: list[Refusal] = field(default_factory=list)
+    notes: Sequence[str] = ()
+
+
+# What an answer says of one event: id, status, and why not.
+Entry = dict[str, object]
+
+
+class Dialect(Protocol):
+    """The form of a route's answers, and what the route takes."""
+
+    content_types: frozenset[bytes]
+    request_headers: bytes  # that a page may send: Access-Control-Allow-Headers
+    batches: bool  # whether one request may carry several events
+
+    def accept(
+        self, entries: Sequence[Entry], event: Event | None
+    ) -> tuple[int, Header, bytes]:
+        """At least one event was taken; `event` is the only one, as it was sent."""
+        ...
+
+    def refuse(
+        self,
+        status: int,
+        reason: str,
+        detail: str,
+        *,
+        request_id: bytes,
+        entries: Sequence[Entry] = (),
+        several: bool = False,
+    ) -> tuple[Header, bytes]:
+        """Nothing was taken; `entries` is empty for a refusal of the whole request."""
+        ...
+
+
+_json = msgspec.json.Encoder().encode
+
+
+class Beacons:
+    """The relay's own: entries for each event, and problem documents (RFC 9457)."""
+
+    content_types = frozenset({b"application/json", b"text/plain", b""})
+    request_headers = b"content-type, content-encoding, prefer, relay-token"
+    batches = True
+
+    def accept(
+        self, entries: Sequence[Entry], event: Event | None
+    ) -> tuple[int, Header, bytes]:
+        del event
+        return 202, JSON, _json({"events": entries})
+
+    def refuse(
+        self,
+        status: int,
+        reason: str,
+        detail: str,
+        *,
+        request_id: bytes,
+        entries: Sequence[Entry] = (),
+        several: bool = False,
+    ) -> tuple[Header, bytes]:
+        del request_id  # it is in its header
+        body = problem_body(status, reason, detail)
+        if several:
+            body["detail"] = f"None of the {len(entries)} events was accepted: {detail}"
+            body["events"] = entries
+        elif entries:
+            body["id"] = entries[0]["id"]
+        return PROBLEM, _json(body)
+
+
+class Official:
+    """Voucherify's own: its event object, and its errors.
+
+    `@voucherify/sdk` copies code, key, message, details and request_id out of an
+    error; `voucherify.js` takes an answer for a success only when it is JSON with
+    `object` "event" and a `type`.
+    """
+
+    content_types = frozenset({b"application/json"})
+    # Sorted as browsers ask for them. `user-agent` is what 3.x sets and Firefox and
+    # Safari let it; `authorization` its OAuth. All of them are ignored.
+    request_headers = (
+        b"authorization, content-encoding, content-type, prefer, relay-token, "
+        b"user-agent, x-client-application-id, x-client-token, "
+        b"x-voucherify-api-version, x-voucherify-channel"
+    )
+    batches = False
+
+    def accept(
+        self, entries: Sequence[Entry], event: Event | None
+    ) -> tuple[int, Header, bytes]:
+        del entries
+        # What Voucherify stores about the customer is nobody's business here, so the
+        # answer is made of the sender's own words.
+        customer: dict[str, object] = {"object": "customer"}
+        if event is not None and event.customer is not None:
+            said = event.customer
+            customer |= {"id": said.id} if said.id else {}
+            customer |= {"source_id": said.source_id} if said.source_id else {}
+        body = {
+            "object": "event",
+            "type": event.event if event is not None else "",
+            "customer": customer,
+            "referral": None,
+            "loyalty": None,
+            "metadata": (event.metadata if event is not None else None) or {},
+        }
+        return 200, JSON, _json(body)
+
+    def refuse(
+        self,
+        status: int,
+        reason: str,
+        detail: str,
+        *,
+        request_id: bytes,
+        entries: Sequence[Entry] = (),
+        several: bool = False,
+    ) -> tuple[Header, bytes]:
+        del entries, several
+        key, message = _OFFICIAL.get(status, ("refused", "Refused"))
+        body = {
+            "code": status,
+            "key": key,
+            "message": message,
+            "details": detail,
+            "request_id": request_id.decode(),
+            "reason": reason,
+        }
+        return JSON, _json(body)
+
+
+# Keys and messages of Voucherify where it has them (its guide "Errors").
+_OFFICIAL = {
+    400: ("invalid_payload", "Invalid payload"),
+    401: ("unauthorized", "Unauthorized"),
+    403: ("forbidden", "Forbidden"),
+    404: ("not_found", "Resource not found"),
+    405: ("method_not_allowed", "Method not allowed"),
+    408: ("request_timeout", "Request timeout"),
+    413: ("payload_too_large", "Payload too large"),
+    415: ("unsupported_media_type", "Unsupported media type"),
+    429: ("too_many_requests", "Too many requests hit the API too quickly."),
+    500: ("internal_error", "Internal error"),
+    503: ("service_unavailable", "Service unavailable"),
+}
+
+_TITLES = {
+    400: "The event is not valid",
+    401: "Not identified",
+    403: "Not allowed",
+    404: "Nothing here",
+    405: "Wrong method",
+    408: "Too slow",
+    413: "Too large",
+    415: "Unknown format",
+    429: "Too many events",
+    500: "Internal fault",
+    503: "Not now",
+}
+
+
+def problem_body(status: int, reason: str, detail: str) -> dict[str, object]:
+    """A problem document (RFC 9457); `type` names the reason, not a page."""
+    return {
+        "type": f"urn:voucherify-relay:problem:{reason}",
+        "title": _TITLES.get(status, "Refused"),
+        "status": status,
+        "detail": detail,
+        "reason": reason,
+    }

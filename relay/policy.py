@@ -1,0 +1,294 @@
+"""Who may say what: one event against identity, catalogue and privacy signal.
+
+The rules, in the order an event meets them: the privacy signal, the token, the origin,
+the catalogue, and for senders without a token what anonymous senders may set. The
+first one that says no decides, and its refusal names it. A rule in dry run is counted
+as `would_refuse:<rule>` and lets the event through as if it had no token.
+
+Pure: the time is an argument. Limits and uses are counted at admission.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from hashlib import blake2b
+
+from msgspec.structs import fields
+
+from relay.catalog import EMPTY, Catalog, Rule, metadata_fault
+from relay.events import Customer, Event, Refused, identified
+from relay.outcomes import Outcome
+from relay.signing import LEEWAY_S, Identity, Signer, TokenRefused
+
+IDENTIFIERS = frozenset({"id", "source_id"})
+_ABSENT = {field.name: field.default for field in fields(Customer)}
+
+# For the commit script: digest of the event's name, coalesce window in ms, quota and
+# period in ms of the event's own limit and whether it is a dry run, digest of the
+# token, its uses, the ms it still lives, and whether its rule is a dry run.
+Special = tuple[str, int, int, int, bool, str, int, int, bool]
+
+
+@dataclass(slots=True)
+class Sender:
+    """What a request says of who sends it."""
+
+    origin: str | None = None
+    allowed: bool = True  # by its origin, or by the setting for those without one
+    token: str | None = None  # of the whole request
+    gpc: bool = False  # Sec-GPC: 1
+    notes: list[str] = field(default_factory=list)  # to be counted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ruling:
+    """How an event that may pass is to be handled."""
+
+    customer: Customer
+    lane: str
+    delivery: str
+    ttl_ms: int
+    special: Special | None
+
+
+class Policy:
+    """The rules in force. Replaced as a whole when the catalogue changes."""
+
+    def __init__(
+        self,
+        *,
+        ttl_ms: int,
+        catalog: Catalog = EMPTY,
+        signer: Signer | None = None,
+        tokens: str = "optional",
+        restricted: bool = False,
+        gpc: str = "ignore",
+    ) -> None:
+        self.catalog = catalog
+        self.signer = signer
+        self._ttl_ms = ttl_ms
+        self._tokens = tokens
+        self._restricted = restricted
+        self._gpc = gpc
+
+    def judge(
+        self,
+        event: Event,
+        sender: Sender,
+        *,
+        now: float,
+        say: Callable[[str, str], None] | None = None,
+    ) -> Ruling:
+        """Let an event pass, or raise `Refused`; takes out of it what must not pass.
+
+        `say` is told each rule that was met and what it came to, for people.
+        """
+        try:
+            if sender.gpc:
+                self._heed_privacy(event, sender)
+                if say is not None:
+                    say("privacy signal", f"Sec-GPC: 1, RELAY_GPC={self._gpc}")
+            rule = self._rule(event)
+            mode = rule.token or self._tokens
+            if say is not None:
+                say("catalogue", f"the rule {rule.place}")
+            identity = self._identify(event, sender, mode, now)
+            if say is not None:
+                say("token", f"{_whose(identity)} ({mode})")
+            if identity is None and not sender.allowed:
+                raise _origin_needed()
+            customer = identified(event)
+            self._check_fields(event, customer, rule, identity)
+            self._check_metadata(event, rule)
+            if say is not None:
+                few = self._restricted and identity is None
+                say("fields", "as an anonymous sender may" if few else "allowed")
+        except Refused as refused:
+            refused.name, refused.id = event.event, event.id
+            raise
+        # Points and referrals are money: never a second delivery that might be one.
+        paying = event.loyalty is not None or event.referral is not None
+        return Ruling(
+            customer=customer,
+            lane=rule.priority,
+            delivery=rule.delivery or ("at_most_once" if paying else "at_least_once"),
+            ttl_ms=self._ttl_ms if rule.ttl_s is None else rule.ttl_s * 1000,
+            special=_special(event, rule, identity, mode, now),
+        )
+
+    # --- the rules ----------------------------------------------------------------
+
+    def _heed_privacy(self, event: Event, sender: Sender) -> None:
+        """Global Privacy Control: https://w3c.github.io/gpc/ (Sec-GPC)."""
+        if self._gpc == "drop":
+            raise Refused(
+                Outcome.DROPPED,
+                "gpc",
+                "The browser asks not to share this (Sec-GPC: 1), so the event goes "
+                "no further (RELAY_GPC).",
+            )
+        if self._gpc == "strip":
+            event.metadata = None
+            if event.customer is not None:
+                event.customer = Customer(
+                    id=event.customer.id, source_id=event.customer.source_id
+                )
+            sender.notes.append("gpc_stripped")
+
+    def _rule(self, event: Event) -> Rule:
+        rule = self.catalog.rule(event.event)
+        if rule is None:
+            raise _forbidden(
+                "event_unlisted",
+                "This event is not in the catalogue (defaults.unlisted): correct its "
+                "name, or add it there.",
+            )
+        return rule
+
+    def _identify(
+        self, event: Event, sender: Sender, mode: str, now: float
+    ) -> Identity | None:
+        """Who the sender is by its token, with the event's customer made that one."""
+        token = event.token if event.token is not None else sender.token
+        if mode == "off" or (token is None and mode == "optional"):
+            return None
+        try:
+            identity = self._read(token, now)
+            _check_token(identity, event, sender)
+        except Refused:
+            if mode != "dry_run":
+                raise
+            sender.notes.append("would_refuse:token")
+            return None
+        if event.customer is None:
+            event.customer = Customer()
+        event.customer.source_id = identity.source_id
+        return identity
+
+    def _read(self, token: str | None, now: float) -> Identity:
+        if token is None:
+            raise _unauthenticated(
+                "token_missing",
+                "This event needs a signed token (RELAY_TOKENS or the catalogue): get "
+                "one from the shop's server.",
+            )
+        if self.signer is None:
+            raise _unauthenticated(
+                "token_unexpected",
+                "The relay has no key to check this token with: set "
+                "RELAY_SIGNING_KEYS, or send none.",
+            )
+        try:
+            return self.signer.read(token, now=now)
+        except TokenRefused as refused:
+            raise _unauthenticated(refused.reason, refused.detail) from None
+
+    def _check_fields(
+        self, event: Event, customer: Customer, rule: Rule, identity: Identity | None
+    ) -> None:
+        known = identity is not None
+        allowed = rule.customer
+        if allowed is not None or (self._restricted and not known):
+            given = _fields(customer) - (IDENTIFIERS if known else frozenset())
+            extra = given - (IDENTIFIERS if allowed is None else allowed)
+            if extra:
+                raise _forbidden(
+                    "customer_field",
+                    f"customer.{min(extra)} may not be set: {self._said(rule, allowed)}"
+                    ". Leave it out.",
+                )
+        for part, opened in (("loyalty", rule.loyalty), ("referral", rule.referral)):
+            if getattr(event, part) is None or opened:
+                continue
+            if opened is False:
+                raise _forbidden(
+                    part, f"{part} may not be set: {rule.place}.{part} is false."
+                )
+            if self._restricted and not known:
+                raise _forbidden(
+                    part,
+                    f"{part} may not be set without a token (RELAY_ANONYMOUS): get "
+                    f"one from the shop's server, or say {rule.place}.{part} = true "
+                    "in the catalogue.",
+                )
+
+    def _said(self, rule: Rule, allowed: frozenset[str] | None) -> str:
+        if allowed is None:
+            return "without a token only source_id or id may (RELAY_ANONYMOUS)"
+        return f"{rule.place}.customer lists {', '.join(sorted(allowed))}"
+
+    def _check_metadata(self, event: Event, rule: Rule) -> None:
+        if rule.metadata is None or event.metadata is None:
+            return
+        fault = metadata_fault(rule, event.metadata)
+        if fault is not None:
+            raise _forbidden(*fault)
+
+
+def _check_token(identity: Identity, event: Event, sender: Sender) -> None:
+    """What a sound token says it may not be used for."""
+    if identity.events is not None and event.event not in identity.events:
+        raise _forbidden("token_event", "This token may not send this event.")
+    if identity.origin is not None and identity.origin != sender.origin:
+        raise _forbidden("token_origin", "This token is for pages of another origin.")
+    customer = event.customer
+    if customer is not None and (
+        customer.id or customer.source_id not in (None, identity.source_id)
+    ):
+        # An `id` may be anybody's, and Voucherify lets it win over `source_id`.
+        raise _forbidden(
+            "customer_mismatch",
+            "The token names the customer: leave customer.id out, and send "
+            "customer.source_id as the token has it or not at all.",
+        )
+
+
+def _fields(customer: Customer) -> frozenset[str]:
+    # Null is absence, but for `address`, where Voucherify takes it as "remove it".
+    return frozenset(
+        name
+        for name, absent in _ABSENT.items()
+        if getattr(customer, name) is not absent
+    )
+
+
+def _special(
+    event: Event, rule: Rule, identity: Identity | None, mode: str, now: float
+) -> Special | None:
+    """What admission has to count beside the limits; None for most events."""
+    limit = rule.limit
+    uses = identity.uses if identity is not None else None
+    if limit is None and uses is None and not rule.coalesce_ms:
+        return None
+    return (
+        blake2b(event.event.encode(), digest_size=9).hexdigest(),
+        rule.coalesce_ms,
+        limit.quota if limit is not None else 0,
+        limit.period_ms if limit is not None else 0,
+        rule.limit_dry_run,
+        identity.digest if identity is not None and uses is not None else "",
+        uses or 0,
+        # Longer than any relay takes the token, whose clock may be behind this one.
+        int((identity.expires_at - now + LEEWAY_S) * 1000) if identity else 0,
+        mode == "dry_run",
+    )
+
+
+def _whose(identity: Identity | None) -> str:
+    return "no token" if identity is None else "valid, and names the customer"
+
+
+def _forbidden(reason: str, detail: str) -> Refused:
+    return Refused(Outcome.FORBIDDEN, reason, detail)
+
+
+def _unauthenticated(reason: str, detail: str) -> Refused:
+    return Refused(Outcome.UNAUTHENTICATED, reason, detail)
+
+
+def _origin_needed() -> Refused:
+    return _forbidden(
+        "origin",
+        "The request names no Origin, and this event has no valid token: browsers "
+        "send an Origin with every POST; for other senders set "
+        "RELAY_ALLOW_NO_ORIGIN=true or give them a token.",
+    )

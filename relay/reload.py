@@ -1,0 +1,95 @@
+"""The catalogue's file, and which version of it is in force.
+
+A new version takes effect as a whole. A faulty or vanished one changes nothing: the
+last good one stays in force, and the log and `/readyz` say so. Looking costs one
+`stat`; whoever owns this decides how often.
+"""
+
+import os
+from pathlib import Path
+
+import structlog
+
+from relay.catalog import EMPTY, Catalog, CatalogError, parse_catalog
+
+log = structlog.get_logger()
+
+_Seen = tuple[int, int, int]
+
+
+class CatalogFile:
+    """One catalogue file, or none; `catalog` is what counts now."""
+
+    def __init__(
+        self,
+        path: Path | None,
+        *,
+        max_ttl_s: int,
+        signing: bool,
+        text: str | None = None,
+    ) -> None:
+        """Read the file; raises `CatalogError`. `text` is a version that was good."""
+        self._path = path
+        self._max_ttl_s = max_ttl_s
+        self._signing = signing  # whether there are keys to check tokens with
+        self._seen: _Seen | None = None
+        self.catalog: Catalog = EMPTY
+        self.text = ""
+        self.refused = ""  # why the file's present version is not in force
+        if path is None:
+            return
+        if text is None:
+            self._seen = self._stat()
+            self._take(self._read())
+        else:  # as the parent process had it; the file may be faulty by now
+            self._take(text)
+
+    def poll(self, *, at_once: bool = False) -> bool:
+        """Look at the file again; whether another catalogue is in force now.
+
+        `at_once` reads it also when its time stamp has not changed.
+        """
+        if self._path is None:
+            return False
+        seen = self._stat()
+        if seen == self._seen and not at_once:
+            return False
+        self._seen = seen
+        before = self.text
+        try:
+            self._take(self._read())
+        except CatalogError as error:
+            self.refused = error.faults[0]
+            log.error("catalog.refused", file=str(self._path), faults=error.faults)
+            return False
+        self.refused = ""
+        if self.text == before:
+            return False
+        log.info("catalog.loaded", events=len(self.catalog.names))
+        return True
+
+    def _take(self, text: str) -> None:
+        catalog = parse_catalog(text, max_ttl_s=self._max_ttl_s)
+        if catalog.needs_keys and not self._signing:
+            raise CatalogError(
+                ["events need tokens, but RELAY_SIGNING_KEYS is missing: set it"]
+            )
+        for warning in catalog.warnings:
+            log.warning("catalog.doubtful", detail=warning)
+        self.catalog, self.text = catalog, text
+
+    def _stat(self) -> _Seen | None:
+        try:
+            stat = os.stat(self._path or "")
+        except OSError:
+            return None  # reading it will say why
+        return stat.st_mtime_ns, stat.st_size, stat.st_ino
+
+    def _read(self) -> str:
+        assert self._path is not None  # noqa: S101  # checked by both callers
+        try:
+            return self._path.read_text("utf-8-sig")
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else "not UTF-8"
+            msg = f"{self._path} cannot be read ({why}): correct the path or the file"
+            raise CatalogError([msg]) from None
