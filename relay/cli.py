@@ -24,6 +24,7 @@ from relay import __version__, logs
 from relay.embedded import EmbeddedServer, running_url
 from relay.errors import QueueUnavailable, RelayError, SettingsError
 from relay.limits import parse_duration
+from relay.outcomes import CURES
 from relay.settings import Role, Settings, load_settings
 
 if TYPE_CHECKING:  # all of it takes a second to import
@@ -159,6 +160,26 @@ def stats(*, as_json: AsJson = False) -> None:
         typer.echo(json.dumps(shown, indent=2))
     else:
         _show(shown)
+
+
+@app.command()
+def check(*, as_json: AsJson = False) -> None:
+    """Find what would lose events or money: settings, Redis, cluster, clock, budget.
+
+    Sends no event. Exit code 3 when there is a fault.
+    """
+    from relay.checks import check as find
+    from relay.checks import lines
+
+    logs.configure("auto")
+    findings = asyncio.run(find())
+    if as_json:
+        told = [dataclasses.asdict(finding) for finding in findings]
+        typer.echo(json.dumps({"findings": told}, indent=2))
+    else:
+        typer.echo("\n".join(lines(findings)))
+    if any(finding.level == "fault" for finding in findings):
+        sys.exit(CHECK_FAILED)
 
 
 @app.command()
@@ -500,18 +521,6 @@ def _show(shown: dict[str, object]) -> None:
             table.add_row(name, "" if value is None else str(value))
         console.print(table)
 
-
-# What the operator does about a hold; the same words in docs/operations.md.
-CURES = {
-    "auth_hold": "Voucherify refuses the credentials or the origin: compare "
-    "RELAY_CLIENT_APPLICATION_ID, RELAY_CLIENT_TOKEN and RELAY_ORIGIN with Project "
-    "Settings in Voucherify's dashboard.",
-    "plan_hold": "The plan's calls are spent: raise the plan, or wait for the next "
-    "cycle; the queue is kept.",
-    "config_hold": "This is not the API the relay speaks: check RELAY_CLUSTER.",
-    "breaker_open": "Voucherify is down or unreachable: see its status page; the "
-    "relay tries again by itself.",
-}
 
 # What `relay forget` counts, in words.
 ERASED = {

@@ -34,3 +34,16 @@ class Hold(StrEnum):
     PLAN = "plan_hold"  # 402, or the plan's calls for this cycle are spent.
     CONFIG = "config_hold"  # 3xx, 405, 406, 415: this is not the API we speak.
     BREAKER = "breaker_open"  # Voucherify is down: connect errors, 5xx, timeouts.
+
+
+# What the operator does about a hold; the same words in docs/operations.md.
+CURES = {
+    "auth_hold": "Voucherify refuses the credentials or the origin: compare "
+    "RELAY_CLIENT_APPLICATION_ID, RELAY_CLIENT_TOKEN and RELAY_ORIGIN with Project "
+    "Settings in Voucherify's dashboard.",
+    "plan_hold": "The plan's calls are spent: raise the plan, or wait for the next "
+    "cycle; the queue is kept.",
+    "config_hold": "This is not the API the relay speaks: check RELAY_CLUSTER.",
+    "breaker_open": "Voucherify is down or unreachable: see its status page; the "
+    "relay tries again by itself.",
+}

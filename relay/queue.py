@@ -392,6 +392,19 @@ class Queue:
             )
         return _judge(info)
 
+    async def server(self) -> dict[str, str]:
+        """What the server says of itself; `unfit` says why it may not be used."""
+        async with self._asking():
+            info = cast(
+                "dict[str, object]", await cast("Awaitable[object]", self._ops.info())
+            )
+        told = {name: str(value) for name, value in info.items()}
+        try:
+            _judge(info)
+        except RelayError as error:
+            told["unfit"] = str(error)
+        return told
+
     async def forget(
         self, place: str, cursor: str, size: int, customer: str, needle: str
     ) -> Step:

@@ -13,7 +13,7 @@ LAYERS = [
     {"cli"},
     {"demo"},
     {"serving"},
-    {"app", "worker", "sandbox", "explain"},
+    {"app", "worker", "sandbox", "checks", "explain"},
     {"assembly"},
     {"settings"},  # above everything it configures: only the roots can read it
     {"values"},

@@ -30,10 +30,10 @@ from relay import (
     transport,
     verdicts,
 )
-from relay.cli import CURES, app
+from relay.cli import app
 from relay.limits import DEFAULT_LIMITS, DIMENSIONS, parse_budget, parse_limits
 from relay.ops import ops_app
-from relay.outcomes import Hold, Outcome
+from relay.outcomes import CURES, Hold, Outcome
 from relay.queue import Queue, Scripts
 from relay.settings import CREDENTIALS, KNOWN, Role, Settings, required, variable
 from relay.verdicts import Verdict, read_answer

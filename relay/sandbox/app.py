@@ -228,6 +228,10 @@ class Sandbox:
     ) -> tuple[Answer | None, Fault | None]:
         if route is None:
             return framework_error("unknown_path", 404), None
+        if route == "events" and request.method == "OPTIONS":
+            # What a browser asks first; it makes nothing, and whether it counts as a
+            # call is not documented.
+            return Answer(verdict="preflight", status=204), None
         if route == "oauth":
             return self._decide_token(request)
         verdict = self._cluster.judge(request)

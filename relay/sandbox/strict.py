@@ -125,6 +125,8 @@ class Watch:
 
     def inspect(self, request: Request, record: Record) -> None:
         """Look at one judged request."""
+        if record.verdict == "preflight":
+            return
         found = [*_of_headers(request), *_of_body(record)]
         if (kind := _KIND_OF_VERDICT.get(record.verdict)) is not None:
             named = f"{request.method} {request.path}"

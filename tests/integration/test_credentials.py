@@ -203,10 +203,12 @@ async def opened(
             Clock(redis_url, prefix),
             redis.asyncio.Redis.from_url(redis_url),
         )
-        yield Shop(sandbox, running.url, redis_url, bench, shop_clock)
-        await bench.balanced()
-        await bench.aclose()
-        sandbox.assert_clean()
+        try:
+            yield Shop(sandbox, running.url, redis_url, bench, shop_clock)
+            await bench.balanced()
+            sandbox.assert_clean()
+        finally:
+            await bench.aclose()
 
 
 @pytest.fixture
