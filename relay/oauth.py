@@ -171,7 +171,7 @@ class OAuth:
         task = self._renew(old, refused=refused)
         # Shared by everyone who waits: who gives up must not end it.
         done, _ = await asyncio.wait({task}, timeout=WAIT_S)
-        return task.result() if done else _BUSY
+        return task.result() if done and not task.cancelled() else _BUSY
 
     def _renew(
         self, old: Token | None, *, refused: bool

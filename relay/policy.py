@@ -232,7 +232,7 @@ def _check_token(identity: Identity, event: Event, sender: Sender) -> None:
         raise _forbidden("token_origin", "This token is for pages of another origin.")
     customer = event.customer
     if customer is not None and (
-        customer.id or customer.source_id not in (None, identity.source_id)
+        customer.id is not None or customer.source_id not in (None, identity.source_id)
     ):
         # An `id` may be anybody's, and Voucherify lets it win over `source_id`.
         raise _forbidden(
