@@ -2,11 +2,13 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
 
 import pytest
 import redis.asyncio
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from relay.limits import parse_limits
 from relay.queue import (
@@ -14,202 +16,560 @@ from relay.queue import (
     DUPLICATE,
     EVENT_LIMITED,
     LIMITED,
+    NO_ROOM,
     QUEUED,
     USED_UP,
     Event,
     Queue,
     Special,
 )
-from tests.queues import SIMULATED, Bench, Clock, event
+from tests.queues import SIMULATED, Bench, Clock, event, result
+from tests.support import eventually
 
 pytestmark = pytest.mark.anyio
 
-DAY_MS = 86_400_000
+HOUR_MS = 3_600_000
+DAY_MS = 24 * HOUR_MS
+DEDUPE_MS = 86_400_000  # the queue's default
+WINDOW_MS = 600_000
+
+Make = Callable[..., Awaitable[Bench]]
 
 
-def special(
+def of(
+    id: str = "",  # noqa: A002  # the wire's own name
+    customer: str = "c",
     *,
     name: str = "n",
     coalesce_ms: int = 0,
     quota: int = 0,
+    period_ms: int = DAY_MS,
     limit_dry: bool = False,
     token: str = "t",  # noqa: S107  # a digest
     uses: int = 0,
     life_ms: int = 60_000,
     token_dry: bool = False,
-) -> Special:
-    return (
-        *(name, coalesce_ms, quota, DAY_MS, limit_dry),
+) -> Event:
+    special: Special = (
+        *(name, coalesce_ms, quota, period_ms, limit_dry),
         *(token, uses, life_ms, token_dry),
     )
-
-
-def of(id: str = "", customer: str = "c", **parts: object) -> Event:  # noqa: A002
-    made: Special = special(**parts)  # type: ignore[arg-type]  # the test names them right
-    return event(id, customer=customer, special=made)
+    return event(id, customer=customer, name=name, special=special)
 
 
 @pytest.fixture
-async def bench(redis_url: str, prefix: str) -> AsyncIterator[Bench]:
-    queue = Queue(
-        url=redis_url,
-        prefix=prefix,
-        limits=parse_limits("customer=50/1m burst 50"),
-        scripts=SIMULATED,
-        timeout=5.0,
-    )
-    clock = Clock(redis_url, prefix)
-    await clock.set(clock.us)
-    made = Bench(queue, clock, redis.asyncio.Redis.from_url(redis_url))
-    yield made
-    await made.balanced()
-    await made.aclose()
+async def make(redis_url: str, prefix: str) -> AsyncIterator[Make]:
+    made: list[Bench] = []
+
+    async def bench(limits: str = "off", queue_max: int = 1_000_000) -> Bench:
+        queue = Queue(
+            url=redis_url,
+            prefix=prefix,
+            limits=parse_limits(limits),
+            queue_max=queue_max,
+            scripts=SIMULATED,
+            timeout=5.0,
+        )
+        clock = Clock(redis_url, prefix)
+        await clock.set(clock.us)
+        made.append(Bench(queue, clock, redis.asyncio.Redis.from_url(redis_url)))
+        return made[-1]
+
+    yield bench
+    for one in made:
+        await one.balanced()
+        await one.aclose()
 
 
-async def minute(bench: Bench, field: str) -> int:
-    stamps = await bench.client.keys(f"{bench.queue.prefix}:minute:*")
+async def noted(bench: Bench, counter: str) -> int:
+    """A counter of the minutes, added up over all of them."""
     found = 0
-    for key in stamps:
-        found += int(await bench.client.hget(key, field) or 0)
+    async for key in bench.client.scan_iter(f"{bench.queue.prefix}:minute:*"):
+        found += int(await bench.client.hget(key, counter) or 0)
     return found
 
 
-# --- coalesce -------------------------------------------------------------------------
+async def charged(bench: Bench, customer: str = "c") -> tuple[int, int]:
+    """What the limit of the event, and the token, have been charged."""
+    prefix = bench.queue.prefix
+    return (
+        await bench.client.llen(f"{prefix}:rl:event:n:{customer}"),
+        int(await bench.client.get(f"{prefix}:uses:t") or 0),
+    )
 
 
-async def test_the_first_in_a_window_is_taken_and_the_others_are_coalesced(
-    bench: Bench,
+# --- coalesce ---------------------------------------------------------------------
+
+
+async def test_the_first_in_a_window_is_queued_and_later_ones_coalesced(
+    make: Make,
 ) -> None:
-    each: dict[str, Any] = {"coalesce_ms": 600_000}
-    assert await bench.codes(of("a", **each), of("b", **each)) == [QUEUED, COALESCED]
-    # For each customer and each event by itself.
-    assert await bench.codes(of("c", "other", **each)) == [QUEUED]
-    assert await bench.codes(of("d", name="m", **each)) == [QUEUED]
-    assert await bench.codes(of("b", **each), of("a", **each)) == [DUPLICATE] * 2
-    assert (await bench.totals())["coalesced"] == 1
-    # Redis forgets the window by its own clock: as if it were over.
-    await bench.client.delete(f"{bench.queue.prefix}:coalesce:c:n")
-    assert await bench.codes(of("e", **each)) == [QUEUED]
+    bench = await make()
+    taken = [of(f"{n}", coalesce_ms=WINDOW_MS) for n in range(4)]
+    assert await bench.codes(*taken[:2]) == [QUEUED, COALESCED]
+    assert await bench.codes(*taken[2:]) == [COALESCED] * 2
+    assert [claimed.id for claimed in await bench.claim()] == ["0"]
+    assert (await bench.totals())["coalesced"] == 3
+    assert await noted(bench, "event:n:coalesced") == 3
 
 
-async def test_a_window_ends_by_itself(bench: Bench) -> None:
-    await bench.codes(of("a", coalesce_ms=600_000))
+async def test_after_the_window_the_next_one_is_queued(make: Make) -> None:
+    bench = await make()
+    # Redis forgets by its own clock, which no test can move: a short window.
+    assert await bench.codes(of("first", coalesce_ms=100)) == [QUEUED]
+    codes: list[int] = []
+
+    async def passes() -> bool:
+        codes.extend(await bench.codes(of(coalesce_ms=100)))
+        return codes[-1] == QUEUED
+
+    await eventually(passes)
+    assert set(codes[:-1]) <= {COALESCED}
+    assert await bench.codes(of(coalesce_ms=WINDOW_MS)) == [COALESCED]
+
+
+async def test_the_window_begins_with_the_event_that_was_taken(make: Make) -> None:
+    bench = await make()
+    key = f"{bench.queue.prefix}:coalesce:c:n"
+    await bench.codes(of("a", coalesce_ms=WINDOW_MS))
+    assert WINDOW_MS - 10_000 < await bench.client.pttl(key) <= WINDOW_MS
+    await bench.client.pexpire(key, 50_000)
+    assert await bench.codes(of("b", coalesce_ms=WINDOW_MS)) == [COALESCED]
+    assert await bench.client.pttl(key) <= 50_000  # a stream passes once a window
+
+
+async def test_the_longest_window_and_period_are_kept_to_the_millisecond(
+    make: Make,
+) -> None:
+    bench = await make()
+    longest, year = 30 * DAY_MS, 366 * DAY_MS
+    await bench.codes(of(coalesce_ms=longest))
     left = await bench.client.pttl(f"{bench.queue.prefix}:coalesce:c:n")
-    assert 590_000 < left <= 600_000
+    assert longest - 10_000 < left <= longest
+    assert await bench.codes(of(quota=1, period_ms=year)) == [QUEUED]
+    reply = await bench.take(of(quota=1, period_ms=year))
+    assert reply.codes == [EVENT_LIMITED, year * 1000]
 
 
-async def test_what_is_coalesced_is_charged_nowhere(bench: Bench) -> None:
-    each: dict[str, Any] = {"coalesce_ms": 600_000, "quota": 2, "uses": 2}
-    await bench.codes(*(of(**each) for _ in range(5)))
-    before = await bench.take(event(customer="c"))
-    assert before.remaining == 48  # two of fifty: the first one and this
-    assert await bench.client.llen(f"{bench.queue.prefix}:rl:event:n:c") == 1
-    assert await bench.client.get(f"{bench.queue.prefix}:uses:t") == b"1"
+async def test_customers_and_events_have_windows_of_their_own(make: Make) -> None:
+    bench = await make()
+    events = [
+        of(customer=who, name=name, coalesce_ms=WINDOW_MS)
+        for who in "ab"
+        for name in "mn"
+    ]
+    assert await bench.codes(*events) == [QUEUED] * 4
+    assert await bench.codes(*events) == [COALESCED] * 4
+    # An event of the same name that asks for no window is in none.
+    assert await bench.codes(of(customer="a", name="n", quota=9)) == [QUEUED]
 
 
-# --- the limit of an event ------------------------------------------------------------
+async def test_a_coalesced_id_is_a_duplicate_when_it_comes_again(make: Make) -> None:
+    bench = await make()
+    first, second = (of(n, coalesce_ms=WINDOW_MS) for n in "ab")
+    assert await bench.codes(first, second) == [QUEUED, COALESCED]
+    assert await bench.codes(second, first) == [DUPLICATE] * 2
+    # Also when the window is over, or the catalogue has none any more.
+    await bench.client.delete(f"{bench.queue.prefix}:coalesce:c:n")
+    assert await bench.codes(second) == [DUPLICATE]
+    assert await bench.codes(event("b", customer="c", name="n")) == [DUPLICATE]
+    left = await bench.client.pttl(f"{bench.queue.prefix}:seen:c:b")
+    assert DEDUPE_MS - 60_000 < left <= DEDUPE_MS
+    # Another's id is not taken.
+    assert await bench.codes(of("b", "d", coalesce_ms=WINDOW_MS)) == [QUEUED]
 
 
-async def test_no_day_has_more_than_the_limit_whatever_the_clock_does(
-    bench: Bench,
+async def test_a_coalesced_event_without_an_id_is_forgotten_as_soon_as_others(
+    make: Make,
 ) -> None:
-    rng = random.Random(7)
-    taken: list[int] = []
-    # A clock that steps back counts what is past as of now: never more is let through.
-    for _ in range(300):
-        step = rng.choice([60_000, 600_000, 3_600_000, 9 * 3_600_000])
-        await bench.clock.pass_ms(-step // 4 if rng.random() < 0.05 else step)
-        now = bench.clock.us // 1000
-        [code] = await bench.codes(of(quota=3))
-        if code == QUEUED:
-            taken.append(now)
-        else:
-            # After a step back the other limits may say no as well.
-            assert code in (EVENT_LIMITED, LIMITED)
-        assert len([at for at in taken if now - DAY_MS < at <= now]) <= 3
-    assert len(taken) > 20
+    bench = await make()
+    made = of(coalesce_ms=WINDOW_MS)
+    assert await bench.codes(of(coalesce_ms=WINDOW_MS), made) == [QUEUED, COALESCED]
+    # An id of the relay's own making is known for two minutes, as when it is queued:
+    # else page views of anybody would fill Redis with a day of them.
+    assert await bench.client.pttl(f"{bench.queue.prefix}:seen:c:{made[0]}") <= 120_000
 
 
-async def test_the_wait_is_that_of_the_oldest(bench: Bench) -> None:
-    await bench.codes(of(quota=2))
-    await bench.clock.pass_ms(3_600_000)
-    await bench.codes(of(quota=2))
+async def test_what_is_coalesced_is_charged_nowhere(make: Make) -> None:
+    bench = await make(limits="customer=50/1m burst 50")
+    events = [of(coalesce_ms=WINDOW_MS, quota=2, uses=2) for _ in range(5)]
+    assert await bench.codes(*events) == [QUEUED] + [COALESCED] * 4
+    assert await charged(bench) == (1, 1)
+    reply = await bench.take(event(customer="c"))
+    assert reply.remaining == 48  # two of fifty: the first one and this
+
+
+# --- the limit of an event --------------------------------------------------------
+
+
+async def test_the_wait_is_that_of_the_oldest_and_right_to_the_millisecond(
+    make: Make,
+) -> None:
+    bench = await make()
+    assert await bench.codes(of(quota=2)) == [QUEUED]
+    await bench.clock.pass_ms(HOUR_MS)
+    assert await bench.codes(of(quota=2)) == [QUEUED]
     reply = await bench.take(of(quota=2))
-    assert reply.codes == [EVENT_LIMITED, (DAY_MS - 3_600_000) * 1000]
-    await bench.clock.pass_ms(DAY_MS - 3_600_000 - 1)
-    assert await bench.codes(of(quota=2)) == [EVENT_LIMITED]
+    assert reply.codes == [EVENT_LIMITED, (DAY_MS - HOUR_MS) * 1000]
+    await bench.clock.pass_ms(DAY_MS - HOUR_MS - 1)
+    assert (await bench.take(of(quota=2))).codes == [EVENT_LIMITED, 1_000]
     await bench.clock.pass_ms(1)
-    assert await bench.codes(of(quota=2), of(quota=2)) == [QUEUED, EVENT_LIMITED]
-    assert await minute(bench, "reason:rate_limited_event") == 3
+    reply = await bench.take(of(quota=2), of(quota=2))
+    assert reply.codes == [QUEUED, 0, EVENT_LIMITED, HOUR_MS * 1000]
+    assert await noted(bench, "reason:rate_limited_event") == 3
+    assert await noted(bench, "event:n:rate_limited") == 3
+    assert (await bench.totals())["rate_limited"] == 3
 
 
-async def test_a_trial_counts_what_the_limit_would_refuse(bench: Bench) -> None:
-    for _ in range(4):
-        trial = [of(customer="trial", quota=3, limit_dry=True) for _ in range(5)]
-        assert await bench.codes(*trial) == [QUEUED] * 5
-        refused = (await bench.codes(*(of(quota=3) for _ in range(5)))).count(
-            EVENT_LIMITED
-        )
-        assert await minute(bench, "would_refuse:event") == refused
-        for key in await bench.client.keys(f"{bench.queue.prefix}:minute:*"):
-            await bench.client.delete(key)
-        await bench.clock.pass_ms(DAY_MS // 3)
+async def test_customers_and_events_have_limits_of_their_own(make: Make) -> None:
+    bench = await make()
+    events = [of(customer=who, name=name, quota=1) for who in "ab" for name in "mn"]
+    assert await bench.codes(*events) == [QUEUED] * 4
+    assert await bench.codes(*events) == [EVENT_LIMITED] * 4
 
 
-async def test_a_repeat_is_a_duplicate_also_over_the_limit(bench: Bench) -> None:
+@pytest.mark.parametrize("quota", [1, 3, 1_000])
+async def test_a_whole_quota_may_come_at_once(make: Make, quota: int) -> None:
+    bench = await make()
+    events = [of(quota=quota) for _ in range(quota + 2)]
+    assert await bench.codes(*events) == [QUEUED] * quota + [EVENT_LIMITED] * 2
+    assert (await charged(bench))[0] == quota
+    left = await bench.client.pttl(f"{bench.queue.prefix}:rl:event:n:c")
+    assert DAY_MS - 60_000 < left <= DAY_MS
+
+
+async def test_another_quota_counts_what_was_taken_before(make: Make) -> None:
+    bench = await make()
+    assert await bench.codes(of(quota=3), of(quota=3)) == [QUEUED] * 2
+    assert await bench.codes(of(quota=2)) == [EVENT_LIMITED]
+    assert await bench.codes(*(of(quota=5) for _ in range(4))) == [
+        *[QUEUED] * 3,
+        EVENT_LIMITED,
+    ]
+
+
+# Most of them near the limit, some over it; and steps back of up to two days.
+STEPS_MS = [0, 1, 60_000, HOUR_MS, 7 * HOUR_MS, DAY_MS // 3, DAY_MS - 1, DAY_MS]
+BACK_MS = [1, 1_000, HOUR_MS, 5 * HOUR_MS, 2 * DAY_MS]
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_no_day_has_more_than_the_limit_whatever_the_clock_does(
+    make: Make, seed: int
+) -> None:
+    bench = await make()
+    rng = random.Random(seed)
+    told: list[int] = []  # when it was, by the server's clock
+    true: list[int] = []  # and by one that never steps back
+    now_ms = 0
+    for _ in range(250):
+        step = rng.choice(STEPS_MS)
+        now_ms += step
+        back = rng.choice(BACK_MS) if rng.random() < 0.06 else 0
+        await bench.clock.pass_ms(step - back)
+        codes = await bench.codes(*(of(quota=3) for _ in range(rng.randint(1, 3))))
+        assert set(codes) <= {QUEUED, EVENT_LIMITED}
+        told += [bench.clock.us // 1000] * codes.count(QUEUED)
+        true += [now_ms] * codes.count(QUEUED)
+    for stamps in (told, true):
+        most = max(sum(at <= t < at + DAY_MS for t in stamps) for at in stamps)
+        assert most == 3
+    assert len(true) >= 20
+
+
+@pytest.mark.parametrize("back_ms", [1, 1_000, HOUR_MS, 10 * DAY_MS])
+async def test_the_wait_told_is_right_after_the_clock_stepped_back(
+    make: Make, back_ms: int
+) -> None:
+    bench = await make()
+    assert await bench.codes(of(quota=1)) == [QUEUED]
+    await bench.clock.pass_ms(-back_ms)
+    [code, wait_us] = (await bench.take(of(quota=1))).codes
+    assert code == EVENT_LIMITED
+    assert wait_us <= DAY_MS * 1000
+    await bench.clock.pass_ms(wait_us // 1000)
+    assert (await bench.take(of(quota=1))).codes == [QUEUED, 0]
+
+
+HISTORIES = st.lists(
+    st.tuples(st.sampled_from(STEPS_MS), st.integers(1, 4), st.integers(0, 1)),
+    min_size=1,
+    max_size=15,
+)
+HYPOTHESIS = settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+_runs = iter(range(1_000_000))
+
+
+@HYPOTHESIS
+@given(quota=st.integers(1, 4), history=HISTORIES)
+async def test_a_trial_counts_exactly_what_the_limit_would_refuse(
+    make: Make, quota: int, history: list[tuple[int, int, int]]
+) -> None:
+    run, bench = next(_runs), await make()
+    refused, before = 0, await noted(bench, "would_refuse:event")
+    for step, many, who in history:
+        await bench.clock.pass_ms(step)
+        customer = f"{run}-{who}"
+        trial = [
+            of(customer=customer, name="trial", quota=quota, limit_dry=True)
+            for _ in range(many)
+        ]
+        real = [of(customer=customer, quota=quota) for _ in range(many)]
+        assert await bench.codes(*trial) == [QUEUED] * many
+        refused += (await bench.codes(*real)).count(EVENT_LIMITED)
+    assert await noted(bench, "would_refuse:event") - before == refused
+
+
+async def test_a_repeat_is_a_duplicate_also_over_the_limit(make: Make) -> None:
+    bench = await make()
     assert await bench.codes(of("a", quota=1)) == [QUEUED]
     assert await bench.codes(of("a", quota=1)) == [DUPLICATE]
     assert await bench.codes(of("b", quota=1)) == [EVENT_LIMITED]
+    # What was refused is not known: its sender may repeat it later.
+    await bench.clock.pass_ms(DAY_MS)
+    assert await bench.codes(of("b", quota=1)) == [QUEUED]
 
 
-# --- uses of a token ------------------------------------------------------------------
+# --- uses of a token --------------------------------------------------------------
 
 
-async def test_a_token_is_used_up_and_a_repeat_is_none(bench: Bench) -> None:
-    codes = await bench.codes(*(of(f"i{n}", uses=3) for n in range(5)))
+async def test_so_many_are_taken_and_then_the_token_is_used_up(make: Make) -> None:
+    bench = await make()
+    codes = await bench.codes(*(of(f"{n}", uses=3) for n in range(5)))
     assert codes == [QUEUED] * 3 + [USED_UP] * 2
-    assert await bench.codes(of("i1", uses=3), of("i4", uses=3)) == [DUPLICATE, USED_UP]
-    assert await bench.codes(of(uses=3, token="another")) == [QUEUED]
-    totals = await bench.totals()
-    assert totals["unauthenticated"] == 3
-    assert await minute(bench, "reason:token_used_up") == 3
-    left = await bench.client.pttl(f"{bench.queue.prefix}:uses:t")
-    assert 50_000 < left <= 60_000
+    # A repeat of what was taken is none, also when nothing is left.
+    assert await bench.codes(*(of(f"{n}", uses=3) for n in range(5))) == [
+        *[DUPLICATE] * 3,
+        *[USED_UP] * 2,
+    ]
+    # Under another name or for another customer it is the same token.
+    assert await bench.codes(of(name="m", uses=3), of(customer="d", uses=3)) == [
+        *[USED_UP] * 2
+    ]
+    assert await bench.codes(of(uses=3, token="other")) == [QUEUED]
+    assert (await bench.totals())["unauthenticated"] == 6
+    assert await noted(bench, "reason:token_used_up") == 6
+    assert await noted(bench, "event:n:unauthenticated") == 5
+    assert await charged(bench) == (0, 3)
 
 
-async def test_what_is_refused_uses_nothing(bench: Bench) -> None:
-    await bench.codes(*(event(customer="c") for _ in range(50)))  # the limit is spent
-    assert await bench.codes(of(uses=1)) == [LIMITED]
-    await bench.clock.pass_ms(60_000)
-    assert await bench.codes(of(uses=1, quota=1)) == [QUEUED]
-    assert await bench.codes(of(uses=5, token="u", quota=1)) == [EVENT_LIMITED]
-    assert await bench.client.get(f"{bench.queue.prefix}:uses:u") is None
+async def test_what_is_not_queued_charges_no_use(make: Make) -> None:
+    bench = await make(limits="ip=1/1h burst 1", queue_max=4)
+    assert await bench.codes(of("a", uses=9)) == [QUEUED]
+    assert await bench.codes(of("b", uses=9)) == [LIMITED]
+    assert await bench.codes(of("a", "d", uses=9), ip="2") == [QUEUED]
+    assert await bench.codes(of("a", "d", uses=9), ip="3") == [DUPLICATE]
+    assert await charged(bench) == (0, 2)
+    each = {"coalesce_ms": WINDOW_MS, "quota": 1, "uses": 9}
+    assert await bench.codes(of("e", **each), ip="4") == [QUEUED]  # type: ignore[arg-type]  # whole numbers
+    assert await bench.codes(of("f", **each), ip="5") == [COALESCED]  # type: ignore[arg-type]  # likewise
+    assert await bench.codes(of("g", quota=1, uses=9), ip="6") == [EVENT_LIMITED]
+    assert await charged(bench) == (1, 3)
+    assert await bench.codes(of("h", uses=9), ip="7") == [QUEUED]
+    assert await bench.codes(of("i", uses=9), ip="8") == [NO_ROOM]
+    assert await charged(bench) == (1, 4)
 
 
-async def test_a_trial_of_the_token_rule_refuses_nothing(bench: Bench) -> None:
-    trial: dict[str, Any] = {"uses": 1, "token_dry": True}
-    assert await bench.codes(*(of(**trial) for _ in range(3))) == [QUEUED] * 3
-    assert await minute(bench, "would_refuse:token") == 2
+async def test_a_used_up_token_charges_neither_limit_nor_window(make: Make) -> None:
+    bench = await make(limits="customer=50/1m burst 50")
+    assert await bench.codes(of(uses=1)) == [QUEUED]
+    spent = [of(uses=1, quota=1, coalesce_ms=WINDOW_MS) for _ in range(3)]
+    assert await bench.codes(*spent) == [USED_UP] * 3
+    assert await charged(bench) == (0, 1)
+    assert not await bench.client.exists(f"{bench.queue.prefix}:coalesce:c:n")
+    reply = await bench.take(of(uses=5, token="u", quota=1, coalesce_ms=WINDOW_MS))
+    assert (reply.codes, reply.remaining) == ([QUEUED, 0], 48)
 
 
-async def test_writers_at_once_never_share_one_use_too_many(bench: Bench) -> None:
+@HYPOTHESIS
+@given(uses=st.integers(1, 4), sizes=st.lists(st.integers(1, 4), max_size=6))
+async def test_a_trial_counts_exactly_what_the_token_would_refuse(
+    make: Make, uses: int, sizes: list[int]
+) -> None:
+    run, bench = next(_runs), await make()
+    refused, before = 0, await noted(bench, "would_refuse:token")
+    for many in sizes:
+        trial = [
+            of(token=f"trial-{run}", uses=uses, token_dry=True) for _ in range(many)
+        ]
+        real = [of(token=f"real-{run}", uses=uses) for _ in range(many)]
+        assert await bench.codes(*trial) == [QUEUED] * many
+        refused += (await bench.codes(*real)).count(USED_UP)
+    assert await noted(bench, "would_refuse:token") - before == refused
+
+
+@pytest.mark.parametrize("uses", [1, 7, 30])
+async def test_writers_at_once_never_let_one_more_through(
+    make: Make, uses: int
+) -> None:
+    bench, other = await make(), await make()
+
     async def writer(n: int) -> list[int]:
         codes: list[int] = []
         for seq in range(1, 11):
-            request = [("ip", [of(f"w{n}-{seq}", uses=7)])]
-            [reply] = await bench.commit(request, slot=f"w:{n}", seq=seq)
+            events = [of(f"{n}-{seq}-{k}", uses=uses) for k in range(2)]
+            [reply] = await (bench, other)[n % 2].commit(
+                [("ip", events)], slot=f"writer-{n}", seq=seq
+            )
             codes += reply.codes[::2]
         return codes
 
-    codes = [
-        code for one in await asyncio.gather(*map(writer, range(2))) for code in one
-    ]
-    assert (codes.count(QUEUED), codes.count(USED_UP)) == (7, 13)
+    codes = [c for one in await asyncio.gather(*map(writer, range(4))) for c in one]
+    assert len(codes) == 80
+    assert (codes.count(QUEUED), codes.count(USED_UP)) == (uses, 80 - uses)
+    assert await charged(bench) == (0, uses)
 
 
-async def test_a_repeated_commit_charges_nothing_twice(bench: Bench) -> None:
-    request = [("ip", [of("a", uses=2, quota=2, coalesce_ms=1)])]
+async def test_two_writers_with_one_id_have_it_taken_and_charged_once(
+    make: Make,
+) -> None:
+    bench, other = await make(), await make()
+    for n in range(20):
+        request = [("ip", [of(f"{n}", uses=99, quota=99)])]
+        replies = await asyncio.gather(
+            bench.commit(request, slot="one"), other.commit(request, slot="two")
+        )
+        assert sorted(reply.codes[0] for [reply] in replies) == [QUEUED, DUPLICATE]
+    assert await charged(bench) == (20, 20)
+
+
+async def test_the_count_is_forgotten_with_its_token(make: Make) -> None:
+    bench = await make()
+    key = f"{bench.queue.prefix}:uses:t"
+    await bench.codes(of(uses=9, life_ms=90_000))
+    assert 80_000 < await bench.client.pttl(key) <= 90_000
+    await bench.codes(of(uses=9, life_ms=40_000))  # later: it has less to live
+    assert 30_000 < await bench.client.pttl(key) <= 40_000
+    await bench.codes(of(uses=2, life_ms=90_000))  # refused: nothing changes
+    assert await bench.client.pttl(key) <= 40_000
+    await bench.codes(of(uses=9, life_ms=50))
+
+    async def forgotten() -> bool:
+        return not await bench.client.exists(key)
+
+    await eventually(forgotten)
+
+
+# --- all together -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", [QUEUED, COALESCED, EVENT_LIMITED, USED_UP])
+async def test_a_repeated_commit_takes_effect_once(make: Make, code: int) -> None:
+    bench = await make()
+    special = {
+        QUEUED: {"quota": 3, "uses": 3, "coalesce_ms": WINDOW_MS},
+        COALESCED: {"coalesce_ms": WINDOW_MS, "quota": 3, "uses": 3},
+        EVENT_LIMITED: {"quota": 1, "uses": 3},
+        USED_UP: {"quota": 3, "uses": 1},
+    }[code]
+    if code != QUEUED:
+        await bench.codes(of("before", **special))  # type: ignore[arg-type]  # whole numbers
+    request = [("ip", [of("again", **special)])]  # type: ignore[arg-type]  # likewise
     first = await bench.commit(request, slot="w", seq=1)
-    assert await bench.commit(request, slot="w", seq=1) == first
-    assert await bench.client.get(f"{bench.queue.prefix}:uses:t") == b"1"
-    assert await bench.client.llen(f"{bench.queue.prefix}:rl:event:n:c") == 1
+    assert first[0].codes[0] == code
+    after = (await charged(bench), await bench.totals())
+    assert after[0] == (1, 1)
+    for _ in range(2):
+        assert await bench.commit(request, slot="w", seq=1) == first
+    assert (await charged(bench), await bench.totals()) == after
+
+
+async def test_what_was_counted_for_an_event_does_not_follow_it(make: Make) -> None:
+    bench = await make()
+    await bench.codes(of("a", quota=2, uses=2, coalesce_ms=WINDOW_MS))
+    [claimed] = await bench.claim()
+    await bench.settle(result(claimed, "retry", delay_ms=1_000))
+    await bench.clock.pass_ms(1_000)
+    [again] = await bench.claim()
+    assert again.id == "a"
+    await bench.settle(result(again, "delivered"))
+    assert await charged(bench) == (1, 1)
+    assert (await bench.totals())["delivered"] == 1
+
+
+@dataclass(slots=True)
+class Model:
+    """The same rules in plain Python, for a clock that only goes forward."""
+
+    now_ms: int = 0
+    seen: set[tuple[str, str]] = field(default_factory=set)
+    windows: set[str] = field(default_factory=set)
+    taken: dict[str, list[int]] = field(default_factory=dict)
+    used: int = 0
+
+    def admit(
+        self,
+        id: str,
+        customer: str,
+        *,
+        coalesce: bool,
+        quota: int,
+        uses: int,  # noqa: A002  # the wire's own name
+    ) -> tuple[int, int]:
+        if (customer, id) in self.seen:
+            return DUPLICATE, 0
+        if coalesce and customer in self.windows:
+            self.seen.add((customer, id))
+            return COALESCED, 0
+        recent = [
+            at for at in self.taken.get(customer, []) if at > self.now_ms - DAY_MS
+        ]
+        if quota and len(recent) >= quota:
+            return EVENT_LIMITED, (recent[-quota] + DAY_MS - self.now_ms) * 1000
+        if uses and self.used >= uses:
+            return USED_UP, 0
+        self.seen.add((customer, id))
+        if coalesce:
+            self.windows.add(customer)
+        if quota:
+            self.taken.setdefault(customer, []).append(self.now_ms)
+        if uses:
+            self.used += 1
+        return QUEUED, 0
+
+
+ASKED = st.fixed_dictionaries(
+    {
+        "id": st.sampled_from("0123456789"),
+        "customer": st.sampled_from("ab"),
+        "coalesce": st.booleans() | st.just(value=False),
+        "quota": st.sampled_from([0, 2, 3]),
+        "uses": st.sampled_from([0, 4, 5]),
+    }
+)
+
+
+@HYPOTHESIS
+@given(
+    commits=st.lists(
+        st.tuples(st.sampled_from(STEPS_MS), st.lists(ASKED, min_size=1, max_size=5)),
+        min_size=1,
+        max_size=8,
+    )
+)
+async def test_the_script_decides_as_the_rules_say(
+    make: Make, commits: list[tuple[int, list[dict[str, object]]]]
+) -> None:
+    run, bench, model = next(_runs), await make(), Model()
+    for step, asked in commits:
+        await bench.clock.pass_ms(step)
+        model.now_ms += step
+        expected: list[int] = []
+        events: list[Event] = []
+        for one in asked:
+            expected += model.admit(**one)  # type: ignore[arg-type]  # as drawn
+            events.append(
+                of(
+                    str(one["id"]),
+                    f"{run}-{one['customer']}",
+                    coalesce_ms=WINDOW_MS if one["coalesce"] else 0,
+                    quota=int(str(one["quota"])),
+                    uses=int(str(one["uses"])),
+                    token=f"{run}",
+                )
+            )
+        assert (await bench.take(*events)).codes == expected

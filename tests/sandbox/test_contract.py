@@ -313,11 +313,18 @@ async def test_errors_before_the_api_have_the_frameworks_shape(caller: Caller) -
     }
 
 
-@pytest.mark.parametrize("method", ["GET", "PUT", "OPTIONS", "DELETE"])
+@pytest.mark.parametrize("method", ["GET", "PUT", "PATCH", "DELETE"])
 async def test_only_post_is_taken(caller: Caller, method: str) -> None:
     answer = await caller.send(method=method)
     assert answer.status_code == 405
     assert answer.headers["allow"] == "POST"
+
+
+async def test_a_preflight_makes_nothing_and_is_expected(caller: Caller) -> None:
+    answer = await caller.send(method="OPTIONS")
+    assert (answer.status_code, answer.content) == (204, b"")
+    assert caller.sandbox.events == []
+    assert caller.sandbox.unexpected() == []
 
 
 @pytest.mark.parametrize(
