@@ -55,7 +55,10 @@ for from = 1, #keys, 4000 do  -- unpack has a limit near 8,000
   for i, value in ipairs(call('MGET', unpack(part))) do
     local key = part[i]
     local longest = now_us + dims[index[key]][3] + RATE_CLAMP_US
-    tat[key] = math.min(math.max(tonumber(value or 0) or 0, now_us), longest)
+    local stored = tonumber(value or 0) or 0
+    tat[key] = math.min(math.max(stored, now_us), longest)
+    -- Kept, or the next look would meet the same far time again.
+    if stored > longest then dirty[key] = true end
   end
 end
 
@@ -86,9 +89,15 @@ local function meet(special, customer, name)
   end
   if quota > 0 then
     local key = P .. ':rl:event:' .. digest .. ':' .. customer
+    local ahead = 0
+    -- The clock stepped back: what lies ahead of it now counts as of now.
+    while tonumber(call('LINDEX', key, ahead) or 0) > now_ms do
+      call('LSET', key, ahead, now_ms)
+      ahead = ahead + 1
+    end
+    if ahead > 0 then call('PEXPIRE', key, period_ms) end
     local oldest = tonumber(call('LINDEX', key, quota - 1) or -period_ms)
-    -- A stamp from before the clock stepped back counts as of now.
-    local wait_ms = math.min(oldest + period_ms - now_ms, period_ms)
+    local wait_ms = oldest + period_ms - now_ms
     if wait_ms > 0 and not limit_dry then
       refuse(name, 'rate_limited', 'rate_limited_event')
       return -3, wait_ms * 1000
@@ -153,7 +162,9 @@ local function admit(request_ip, event)
     local code, more = meet(special, customer, name)
     if code then
       -- A sender is done with a coalesced event, so its repeat is a duplicate.
-      if code == -1 then call('SET', seen, '', 'PX', settings[2]) end
+      if code == -1 then
+        call('SET', seen, '', 'PX', given and settings[2] or MADE_ID_MS)
+      end
       return code, more
     end
     charges = more
