@@ -189,7 +189,7 @@ _OFFICIAL = {
 }
 
 _TITLES = {
-    400: "The event is not valid",
+    400: "Not valid",
     401: "Not identified",
     403: "Not allowed",
     404: "Nothing here",

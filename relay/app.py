@@ -23,12 +23,14 @@ from relay.assembly import (
     make_digests,
     make_policy,
 )
+from relay.catalog import Catalog
 from relay.edge import Edge
 from relay.endpoints import Track
 from relay.errors import QueueUnavailable
 from relay.values import SDK_PATH
 
 LOOK_EVERY_S = 1.0  # at the catalogue's file
+SDK_ROOT = SDK_PATH.removesuffix("events")
 
 log = structlog.get_logger()
 
@@ -41,7 +43,6 @@ class App:
         self._station = station
         self._admission = Admission(station.queue)
         self._file = make_catalog(settings, catalog_text)
-        self._told = False  # whether Redis knows the names of the catalogue
         beacons, official = self._edge(Beacons()), self._edge(Official())
         self._edges = (beacons, official)
         self._track, sdk = self._route(beacons), self._route(official)
@@ -92,12 +93,16 @@ class App:
         async with self._station.running():
             await self._admission.start()
             with _on_hangup() as asked:
-                watching = asyncio.create_task(self._watch(asked))
+                tasks = [
+                    asyncio.create_task(self._watch(asked)),
+                    asyncio.create_task(self._tell_names()),
+                ]
                 try:
                     yield
                 finally:
-                    watching.cancel()
-                    await asyncio.gather(watching, return_exceptions=True)
+                    for task in tasks:
+                        task.cancel()
+                    await asyncio.gather(*tasks, return_exceptions=True)
             # uvicorn has let go of every request by now.
             for track in self._tracks:
                 track.draining = True
@@ -111,8 +116,7 @@ class App:
             at_once = asked.is_set()
             asked.clear()
             try:
-                self._look(at_once=at_once)
-                await self._tell_names()
+                await self._look(at_once=at_once)
             except Exception:
                 # The top of the loop: the catalogue in force stays in force.
                 log.exception("catalog.failed")
@@ -120,20 +124,26 @@ class App:
                 async with asyncio.timeout(LOOK_EVERY_S):
                     await asked.wait()
 
-    def _look(self, *, at_once: bool) -> None:
-        if self._file.poll(at_once=at_once):
+    async def _look(self, *, at_once: bool) -> None:
+        # In a thread: to read a large one takes longer than a beacon should wait.
+        if await asyncio.to_thread(self._file.poll, at_once=at_once):
             policy = make_policy(self._station.settings, self._file.catalog)
             for edge in self._edges:  # between two requests: none sees half of it
                 edge.policy = policy
-            self._told = False
 
     async def _tell_names(self) -> None:
-        """Have the catalogue's events counted by name, however rare they are."""
-        if self._told:
-            return
-        with contextlib.suppress(QueueUnavailable):  # then at the next look
-            await self._station.queue.keep_names(self._file.catalog.names)
-            self._told = True
+        """Have the catalogue's events counted by name, however rare they are.
+
+        By itself, for a Redis that hangs must not hold up a new catalogue.
+        """
+        told: Catalog | None = None
+        while True:
+            catalog = self._file.catalog
+            if catalog is not told:
+                with contextlib.suppress(QueueUnavailable):  # then at the next look
+                    await self._station.queue.keep_names(catalog.names)
+                    told = catalog
+            await asyncio.sleep(LOOK_EVERY_S)
 
     async def _catalog_check(self) -> str:
         if not self._file.refused:
@@ -142,7 +152,10 @@ class App:
 
     async def _http_error(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)  # noqa: S101  # as registered above
-        said = self._edges[0].elsewhere(
+        # A client of Voucherify's that asks for another of its calls is told so in the
+        # form that it reads.
+        of_sdk = SDK_ROOT in request.url.path
+        said = self._edges[of_sdk].elsewhere(
             request.scope["headers"],
             error.status_code,
             str(error.detail),
@@ -167,10 +180,11 @@ def _on_hangup() -> Iterator[asyncio.Event]:
         asked.set()
 
     loop = asyncio.get_running_loop()
-    before = signal.getsignal(signal.SIGHUP)
     loop.add_signal_handler(signal.SIGHUP, heard)
     try:
         yield asked
     finally:
+        # The loop would leave the default behind, which kills; what is still to be
+        # done after it is done whatever comes.
         loop.remove_signal_handler(signal.SIGHUP)
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -417,7 +417,7 @@ def _leave_on_signals() -> None:
 
 
 def _leave(*_: object) -> None:
-    for sign in STOPS:
+    for sign in (*STOPS, signal.SIGHUP):
         signal.signal(sign, signal.SIG_IGN)  # a second one must not break the clean-up
     sys.exit(0)
 

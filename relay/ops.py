@@ -14,7 +14,8 @@ from urllib.parse import urlsplit
 import msgspec
 from pydantic import SecretStr
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
@@ -26,6 +27,7 @@ from relay.limits import parse_duration
 from relay.signing import InvalidClaim, Signer
 
 MAX_BODY_BYTES = 64 * 1024
+MAX_SAID = 160  # characters of a parser's complaint
 
 Check = Callable[[], Awaitable[str]]
 
@@ -82,6 +84,8 @@ def ops_app(
                 uses=wanted.uses,
                 now=clock(),
             )
+        except ClientDisconnect:  # nobody hears this
+            return _problem(400, "invalid", "The body was cut off: send it again.")
         except ValueError as error:  # InvalidClaim is one
             return _problem(400, "invalid", f"{error}.")
         return JSONResponse(
@@ -89,21 +93,36 @@ def ops_app(
             headers={"Cache-Control": "no-store"},
         )
 
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/healthz", healthz),
             Route("/readyz", readyz),
             Route("/tokens", tokens, methods=["POST"]),
-        ]
+        ],
+        exception_handlers={HTTPException: _elsewhere},
     )
+    app.router.redirect_slashes = False  # a client may not repeat a POST elsewhere
+    return app
+
+
+async def _elsewhere(_: Request, error: Exception) -> JSONResponse:
+    """Answer for a path or a method that there is not."""
+    assert isinstance(error, HTTPException)  # noqa: S101  # as registered above
+    status, headers = error.status_code, dict(error.headers or {})
+    if status == 405:
+        return _problem(405, "method", f"Use {headers.get('Allow')} here.", headers)
+    said = "There are /healthz, /readyz and POST /tokens here."
+    return _problem(status, "path", said, headers)
 
 
 def _refusal(request: Request, token: SecretStr | None) -> JSONResponse | None:
     """Why this caller may not go on, if it may not."""
     if token is not None:
-        given = request.headers.get("authorization", "").encode()
-        asked = f"Bearer {token.get_secret_value()}".encode()
-        if hmac.compare_digest(given, asked):
+        # The scheme's name is in any case, blanks after it (RFC 9110, 11.1 and 11.4).
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        asked = token.get_secret_value().encode()
+        same = hmac.compare_digest(given.strip().encode(), asked)
+        if same and scheme.lower() == "bearer":
             return None
         return _problem(
             401,
@@ -143,13 +162,19 @@ def _decode(body: bytes) -> TokenRequest:
     try:
         return msgspec.json.decode(body, type=TokenRequest)
     except msgspec.ValidationError as error:
-        raise InvalidClaim("", f"{error}") from None
+        # Cut: it quotes names that it does not know.
+        raise InvalidClaim("", f"{error}"[:MAX_SAID]) from None
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         raise InvalidClaim("", "the body must be a JSON object") from None
 
 
 def _seconds(ttl: int | str | None) -> int | None:
-    return parse_duration(ttl) if isinstance(ttl, str) else ttl
+    if not isinstance(ttl, str):
+        return ttl
+    try:
+        return parse_duration(ttl)
+    except ValueError as error:
+        raise InvalidClaim("ttl", f"ttl: {error}") from None
 
 
 def _problem(

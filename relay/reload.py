@@ -1,11 +1,14 @@
 """The catalogue's file, and which version of it is in force.
 
-A new version takes effect as a whole. A faulty or vanished one changes nothing: the
-last good one stays in force, and the log and `/readyz` say so. Looking costs one
-`stat`; whoever owns this decides how often.
+A new version takes effect as a whole, once nobody writes into it any more. A faulty,
+empty or vanished one changes nothing: the last good one stays in force, and the log
+and `/readyz` say so. What cannot be seen is a file that was cut between two of its
+tables and left so. Looking costs one `stat`; whoever owns this decides how often.
 """
 
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import structlog
@@ -14,7 +17,12 @@ from relay.catalog import EMPTY, Catalog, CatalogError, parse_catalog
 
 log = structlog.get_logger()
 
-_Seen = tuple[int, int, int]
+# Written less than this ago, a file may be half there: a prefix of TOML is TOML.
+SETTLED_S = 0.5
+
+# Change times of content and of inode (chmod), size, inode.
+_Seen = tuple[int, int, int, int]
+_NEVER: _Seen = (-1, -1, -1, -1)  # unlike every file, and unlike none
 
 
 class CatalogFile:
@@ -27,12 +35,14 @@ class CatalogFile:
         max_ttl_s: int,
         signing: bool,
         text: str | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         """Read the file; raises `CatalogError`. `text` is a version that was good."""
         self._path = path
+        self._clock = clock
         self._max_ttl_s = max_ttl_s
         self._signing = signing  # whether there are keys to check tokens with
-        self._seen: _Seen | None = None
+        self._seen: _Seen | None = _NEVER
         self.catalog: Catalog = EMPTY
         self.text = ""
         self.refused = ""  # why the file's present version is not in force
@@ -47,12 +57,12 @@ class CatalogFile:
     def poll(self, *, at_once: bool = False) -> bool:
         """Look at the file again; whether another catalogue is in force now.
 
-        `at_once` reads it also when its time stamp has not changed.
+        `at_once` reads it also when it seems unchanged, or is not settled yet.
         """
         if self._path is None:
             return False
         seen = self._stat()
-        if seen == self._seen and not at_once:
+        if not at_once and (seen == self._seen or self._is_fresh(seen)):
             return False
         self._seen = seen
         before = self.text
@@ -83,7 +93,7 @@ class CatalogFile:
             stat = os.stat(self._path or "")
         except OSError:
             return None  # reading it will say why
-        return stat.st_mtime_ns, stat.st_size, stat.st_ino
+        return stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino
 
     def _read(self) -> str:
         assert self._path is not None  # noqa: S101  # checked by both callers
@@ -93,3 +103,7 @@ class CatalogFile:
             why = error.strerror if isinstance(error, OSError) else "not UTF-8"
             msg = f"{self._path} cannot be read ({why}): correct the path or the file"
             raise CatalogError([msg]) from None
+
+    def _is_fresh(self, seen: _Seen | None) -> bool:
+        """Whether somebody may still be writing. A time to come is another clock's."""
+        return seen is not None and 0 <= self._clock() - seen[1] / 1e9 < SETTLED_S

@@ -179,7 +179,7 @@ class Child:
     forward: bool
     public: socket.socket
     ops: socket.socket
-    catalog_text: str = field(default="", repr=False)  # the last good one
+    catalog_text: str | None = field(default=None, repr=False)  # the last good one
     parent: int = field(default_factory=os.getpid)
 
     def run(self) -> None:
@@ -196,7 +196,7 @@ class Child:
             forward=self.forward,
             ops_socket=self.ops,
         )
-        app = App(station, catalog_text=self.catalog_text or None)
+        app = App(station, catalog_text=self.catalog_text)
         Server(server_config(app)).run(sockets=[self.public])
 
 
@@ -218,6 +218,7 @@ class Supervisor:
         self._workers = workers
         self._catalog = catalog
         self._stopping = False
+        self._asked = False  # by SIGHUP, to look at the catalogue
         self._children: list[SpawnProcess] = []
 
     def run(self) -> None:
@@ -230,6 +231,7 @@ class Supervisor:
                 while len(self._children) < self._workers and not self._stopping:
                     self._children.append(self._start())
                 time.sleep(WATCH_EVERY_S)
+                self._look()
                 self._children = [c for c in self._children if self._lives(c)]
         finally:
             # Or who connects now waits for an answer that nobody will give.
@@ -239,7 +241,8 @@ class Supervisor:
                 child.terminate()
             for child in self._children:
                 child.join()
-            for sign in STOPS:  # or Python, as it ends, goes back to the default
+            # Or Python, as it ends, goes back to the default.
+            for sign in (*STOPS, signal.SIGHUP):
                 signal.signal(sign, signal.SIG_IGN)
 
     def _stop(self, *_: object) -> None:
@@ -250,6 +253,7 @@ class Supervisor:
         if hung_up():
             self._stopping = True
             return
+        self._asked = True
         for child in self._children:
             if child.pid is not None and child.exitcode is None:
                 os.kill(child.pid, signal.SIGHUP)
@@ -265,11 +269,20 @@ class Supervisor:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, early)
         return child
 
+    def _look(self) -> None:
+        """Know every good catalogue as soon as the processes may have taken it.
+
+        One that starts when the file is faulty has to go by the rules of the others.
+        """
+        asked, self._asked = self._asked, False
+        if self._catalog is not None:
+            self._catalog.poll(at_once=asked)
+
     def _fresh(self) -> Child:
-        """What the next process gets: the catalogue as it is by now, if it is good."""
+        """What the next process gets: the last good catalogue."""
         if self._catalog is None:
             return self._child
-        self._catalog.poll()
+        self._look()
         return replace(self._child, catalog_text=self._catalog.text)
 
     def _lives(self, child: SpawnProcess) -> bool:

@@ -663,7 +663,7 @@ def test_an_own_problem_is_that_of_rfc_9457() -> None:
     assert fields(response)["content-type"] == "application/problem+json"
     assert said(response) == {
         "type": "urn:voucherify-relay:problem:unknown_field",
-        "title": "The event is not valid",
+        "title": "Not valid",
         "status": 400,
         "detail": "extra is not a known field: remove it, or put it into metadata.",
         "reason": "unknown_field",

@@ -167,6 +167,137 @@ async def test_a_preflight_is_answered(start: Start) -> None:
     assert response.headers["access-control-allow-origin"] == SHOP
 
 
+# Voucherify's own clients: their path is theirs, whatever the track path is.
+
+OWN_CLIENT = {
+    "x-client-application-id": "whatever",
+    "x-client-token": "whatever",
+    "x-voucherify-channel": "JavaScript-SDK",
+}
+
+
+async def ask_at(client: httpx.AsyncClient, method: str, path: str) -> httpx.Response:
+    """Ask for a path as it stands; a client library may tidy slashes up."""
+    url = client.base_url.copy_with(raw_path=path.encode())
+    headers = OWN_CLIENT if method == "POST" else {}
+    return await client.request(
+        method, url, json=EVENT if method == "POST" else None, headers=headers
+    )
+
+
+def assert_event_object(response: httpx.Response) -> None:
+    assert response.status_code == 200, response.text
+    said = response.json()
+    assert (said["object"], said["type"]) == ("event", "e")
+    assert said["customer"] == {"object": "customer", "source_id": "a"}
+    assert response.headers["access-control-allow-origin"] == SHOP
+
+
+SDK_PATHS = {
+    "": ["/client/v1/events", "//client/v1/events"],
+    "/relay": [
+        "/relay/client/v1/events",
+        "/relay//client/v1/events",
+        "//relay/client/v1/events",
+    ],
+    "/a/b": ["/a/b/client/v1/events", "/a/b//client/v1/events"],
+}
+
+
+@pytest.mark.parametrize("before", SDK_PATHS, ids=lambda before: before or "no-prefix")
+async def test_voucherifys_own_clients_are_answered_in_their_words(
+    start: Start, valkey_url: str, prefix: str, before: str
+) -> None:
+    client = await start(RELAY_PATH_PREFIX=before, RELAY_TRACK_PATH="/e")
+    for path in SDK_PATHS[before]:
+        assert_event_object(await ask_at(client, "POST", path))
+        assert_event_object(await ask_at(client, "POST", f"{path}?v=1"))
+    # The same id each time: one event, and the sender cannot tell.
+    total = 2 * len(SDK_PATHS[before])
+    counts = {"received": str(total), "duplicate": str(total - 1)}
+    assert await totals(valkey_url, prefix) == counts
+
+
+@pytest.mark.parametrize("before", SDK_PATHS, ids=lambda before: before or "no-prefix")
+async def test_a_preflight_of_voucherifys_own_clients_is_answered(
+    start: Start, before: str
+) -> None:
+    client = await start(RELAY_PATH_PREFIX=before)
+    asked = {
+        "access-control-request-method": "POST",
+        "access-control-request-headers": ",".join(sorted(OWN_CLIENT)),
+    }
+    for path in SDK_PATHS[before]:
+        url = client.base_url.copy_with(raw_path=path.encode())
+        response = await client.options(url, headers=asked)
+        assert (response.status_code, response.content) == (204, b"")
+        assert response.headers["access-control-allow-origin"] == SHOP
+        allowed = response.headers["access-control-allow-headers"].split(", ")
+        assert {*OWN_CLIENT, "relay-token", "content-type"} <= set(allowed)
+        foreign = asked | {"origin": "https://evil.example"}
+        refused = await client.options(url, headers=foreign)
+        assert "access-control-allow-origin" not in refused.headers
+
+
+@pytest.mark.parametrize("method", ["POST", "OPTIONS"])
+@pytest.mark.parametrize("before", ["", "/relay"], ids=["no-prefix", "prefix"])
+async def test_what_is_only_like_the_path_of_voucherifys_clients_is_404(
+    start: Start, before: str, method: str
+) -> None:
+    client = await start(RELAY_PATH_PREFIX=before)
+    elsewhere = [
+        f"{before}/client/v1",
+        f"{before}/client//v1/events",
+        f"{before}/v1/events",
+        *(["/relay/relay/track"] if before else []),
+    ]
+    for path in elsewhere:
+        assert_nothing_here(await ask_at(client, method, path))
+    # These may be calls of such a client, so it is told in the form that it reads.
+    calls = [
+        f"{before}/client/v1/events/",
+        f"{before}/client/v1/Events",
+        f"{before}///client/v1/events",
+        f"{before}/client/v1/events/e",
+        f"{before}/client/v1/validations",
+        *(["/client/v1/events", "//client/v1/events"] if before else []),
+    ]
+    for path in calls:
+        response = await ask_at(client, method, path)
+        said = response.json()
+        assert (response.status_code, said["code"]) == (404, 404)
+        assert (said["key"], said["reason"]) == ("not_found", "path")
+        assert said["request_id"] == response.headers["x-request-id"]
+
+
+async def test_other_methods_on_the_path_of_voucherifys_clients_are_405(
+    start: Start,
+) -> None:
+    client = await start()
+    for method in ("GET", "HEAD", "PUT", "DELETE"):
+        response = await ask_at(client, method, "/client/v1/events")
+        assert response.status_code == 405
+        assert response.headers["allow"] == "POST, OPTIONS"
+
+
+async def test_a_batch_is_for_the_track_path_only(start: Start) -> None:
+    client = await start()
+    batch = [EVENT, EVENT | {"id": "x-2"}]
+    assert (await client.post("/track", json=batch)).status_code == 202
+    response = await client.post("/client/v1/events", json=batch)
+    said = response.json()
+    assert (response.status_code, said["reason"]) == (400, "one_event")
+    assert (said["code"], said["key"]) == (400, "invalid_payload")
+    assert said["request_id"] == response.headers["x-request-id"]
+
+
+async def test_one_id_is_one_event_on_both_paths(start: Start) -> None:
+    client = await start()
+    assert_event_object(await client.post("/client/v1/events", json=EVENT))
+    response = await client.post("/track", json=EVENT)
+    assert response.json() == {"events": [{"id": "x-1", "status": "duplicate"}]}
+
+
 async def test_a_relay_that_starts_without_redis_answers_503(start: Start) -> None:
     client = await start(redis_url=NOWHERE)
     response = await client.post("/track", json=EVENT)

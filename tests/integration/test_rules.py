@@ -2,8 +2,6 @@
 
 import asyncio
 import json
-import os
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,6 @@ import pytest
 
 from relay.signing import Signer
 from tests.integration.stack import ORIGIN, Process, stack
-from tests.processes import children
-from tests.support import eventually
 
 pytestmark = pytest.mark.anyio
 
@@ -85,35 +81,6 @@ async def test_a_token_from_the_ops_listener_counts_on_both_routes(
         assert made not in process.text
 
 
-async def test_keys_rotate_without_a_refused_event(
-    valkey_url: str, prefix: str, tmp_path: Path
-) -> None:
-    """docs/tokens.md: the new key first to be known, then to sign, then alone."""
-    async with stack(valkey_url, prefix, tmp_path, tokens="required") as relay:
-        first = relay.start("serve", signing_keys=OLD)
-        steps = [
-            (f"{NEW} {OLD}", [OLD]),  # known; the old one signs
-            (f"{OLD} {NEW}", [OLD, NEW]),  # signs; old tokens are still out there
-            (NEW, [NEW]),  # the old ones have expired
-        ]
-        sent = 0
-        for keys, out_there in steps:
-            second = relay.start("serve", signing_keys=keys)
-            for url in (await first.track_url(), await second.track_url()):
-                known = [OLD] if keys == f"{NEW} {OLD}" else out_there
-                for key in known:
-                    if url == await first.track_url() and key == NEW and sent < 3:
-                        continue
-                    sent += 1
-                    body = event(sent, token=token(key))
-                    status, told, _ = await post(url, body)
-                    assert status == 202, (keys, told)
-            assert await first.stop() == 0
-            first = second
-        await relay.drained()
-        assert len(relay.delivered_ids()) == sent >= 6
-
-
 async def test_uses_are_counted_once_for_all_relays(
     valkey_url: str, prefix: str, tmp_path: Path
 ) -> None:
@@ -132,104 +99,6 @@ async def test_uses_are_counted_once_for_all_relays(
 
 
 # --- the catalogue --------------------------------------------------------------------
-
-
-async def in_force(url: str, status: int, *, times: int = 1) -> None:
-    """Wait until each of so many new connections gets this answer."""
-
-    async def answered() -> bool:
-        said = [(await post(url, event("probe")))[0] for _ in range(times)]
-        return set(said) == {status}
-
-    await eventually(answered, within=20)
-
-
-async def test_a_change_takes_effect_and_a_fault_keeps_the_old_one(
-    valkey_url: str, prefix: str, tmp_path: Path
-) -> None:
-    path = tmp_path / "catalog.toml"
-    path.write_text(TAKEN)
-    async with stack(valkey_url, prefix, tmp_path, catalog=str(path)) as relay:
-        process = relay.start("serve")
-        url, ready = await process.track_url(), await process.ready_url()
-        await in_force(url, 202)
-        path.write_text(REFUSED)
-        await in_force(url, 403)
-        path.write_text("[events.a]\npriority = 1\n")
-        await process.says("catalog.refused")
-        status, told = await get(ready)
-        assert status == 200
-        assert told["catalog"].startswith("ok, but the old one is in force: line 2")
-        await in_force(url, 403)
-        path.write_text(TAKEN)
-        os.kill(process.pid, signal.SIGHUP)
-        await in_force(url, 202)
-        assert (await get(ready))[1]["catalog"] == "ok"
-        await relay.drained()
-
-
-async def get(url: str) -> tuple[int, dict[str, str]]:
-    async with aiohttp.ClientSession() as session, session.get(url) as answer:
-        return answer.status, (await answer.json())["checks"]
-
-
-async def test_no_request_is_dropped_while_it_is_replaced_under_load(
-    valkey_url: str, prefix: str, tmp_path: Path
-) -> None:
-    path = tmp_path / "catalog.toml"
-    path.write_text(TAKEN)
-    async with stack(valkey_url, prefix, tmp_path, catalog=str(path)) as relay:
-        process = relay.start("serve")
-        url = await process.track_url()
-        statuses: list[int] = []
-        done = asyncio.Event()
-
-        async def load(n: int) -> None:
-            while not done.is_set():
-                statuses.append((await post(url, event(f"{n}-{len(statuses)}")))[0])
-
-        loading = [asyncio.create_task(load(n)) for n in range(3)]
-        for round_ in range(30):
-            path.write_text(REFUSED if round_ % 2 == 0 else TAKEN)
-            seen = len(statuses)
-            os.kill(process.pid, signal.SIGHUP)
-
-            async def more(seen: int = seen) -> bool:
-                return len(statuses) > seen + 5
-
-            await eventually(more)
-        done.set()
-        await asyncio.gather(*loading)
-        assert set(statuses) == {202, 403}
-        await relay.drained()
-
-
-async def test_every_process_takes_it_and_a_late_one_the_last_good_one(
-    valkey_url: str, prefix: str, tmp_path: Path
-) -> None:
-    path = tmp_path / "catalog.toml"
-    path.write_text(TAKEN)
-    async with stack(valkey_url, prefix, tmp_path, catalog=str(path)) as relay:
-        parent = relay.start("serve", "--workers", "2")
-        url = await parent.track_url()
-        await in_force(url, 202, times=20)
-        path.write_text(REFUSED)
-        os.kill(parent.pid, signal.SIGHUP)
-        await in_force(url, 403, times=20)
-        path.write_text("faulty")
-        [first, _] = children(parent.pid)
-        os.kill(first, signal.SIGKILL)
-        await parent.says("serve.child_died")
-
-        async def two() -> bool:
-            return first not in children(parent.pid) and len(children(parent.pid)) == 2
-
-        await eventually(two)
-        # The parent had not looked since: what it knows to be good is the first one, or
-        # the second if it looked; both are whole, and nothing is 5xx.
-        statuses = {(await post(url, event("late")))[0] for _ in range(40)}
-        assert statuses <= {202, 403}
-        assert await parent.stop() == 0
 
 
 async def test_the_catalogue_decides_lane_limit_and_coalescing(
