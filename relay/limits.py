@@ -88,7 +88,8 @@ class Verdict:
 class Gcra:
     """The generic cell rate algorithm over several limits at once.
 
-    An event that any enforced limit refuses is charged to none of them. A dry-run
+    An event that any enforced limit refuses is charged to none of them; only times that
+    a clock which stepped back left too far ahead are cut, then, too. A dry-run
     limit is charged as if it were enforced alone, so that its count of would-be
     refusals is what enforcing it would give.
     """
@@ -104,12 +105,16 @@ class Gcra:
         """
         wait_us, dimension = 0, None
         would_refuse: list[str] = []
-        charged = list(tats)
-        triples = zip(self._limits, tats, costs, strict=True)
+        kept = [
+            min(tat, _latest(now, limit)) if cost else tat
+            for limit, tat, cost in zip(self._limits, tats, costs, strict=True)
+        ]
+        charged = list(kept)
+        triples = zip(self._limits, kept, costs, strict=True)
         for index, (limit, tat, cost) in enumerate(triples):
             if cost == 0:
                 continue
-            charge = _clamp(tat, now, limit) + cost * limit.emission_us
+            charge = max(now, tat) + cost * limit.emission_us
             over_us = charge - now - limit.tolerance_us
             if over_us <= 0:
                 charged[index] = charge
@@ -119,7 +124,7 @@ class Gcra:
                 wait_us, dimension = over_us, limit.dimension
         return Verdict(
             admitted=not wait_us,
-            tats=tuple(tats if wait_us else charged),
+            tats=tuple(kept if wait_us else charged),
             wait_us=wait_us,
             dimension=dimension,
             would_refuse=tuple(would_refuse),
@@ -201,8 +206,8 @@ def policy_header(limits: Sequence[Limit]) -> str:
     )
 
 
-def _clamp(tat: int, now: int, limit: Limit) -> int:
-    return max(now, min(tat, now + limit.tolerance_us + CLOCK_SLACK_US))
+def _latest(now: int, limit: Limit) -> int:
+    return now + limit.tolerance_us + CLOCK_SLACK_US
 
 
 def _parse_limit(part: str) -> Limit:

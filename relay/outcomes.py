@@ -18,7 +18,7 @@ class Outcome(StrEnum):
     FORBIDDEN = "forbidden"  # Edge: origin or catalogue says no.
     RATE_LIMITED = "rate_limited"  # Edge: over quota, never queued.
     DUPLICATE = "duplicate"  # Edge: an event with this id was accepted before.
-    COALESCED = "coalesced"  # Queue: a newer one of the same customer replaced it.
+    COALESCED = "coalesced"  # Edge: one of the same customer was taken shortly before.
     DROPPED = "dropped"  # An operator decided so.
     INTERNAL = "internal"  # Our bug: any count above zero is an alert.
 

@@ -458,6 +458,7 @@ def test_null_and_absent_are_the_same_but_for_an_address() -> None:
     assert verdict(policy(restricted=True), what) is None
     # The schema gives this null a meaning, so to say it needs what any address needs.
     erased = event(customer={"source_id": "u1", "address": None})
+    assert verdict(policy(restricted=True), erased) == forbidden("customer_field")
     ruling = passed(policy(), erased)
     body = json.loads(upstream_body(erased, ruling.customer))
     assert body["customer"]["address"] is None

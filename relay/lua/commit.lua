@@ -1,6 +1,7 @@
 #!lua
 -- Take a batch of requests into the queue: limits, room, dedupe, append, count.
--- A refused event changes nothing except its counters. A commit takes effect at
+-- A refused event charges nothing and leaves nothing but its counters; times that a
+-- clock which stepped back left too far ahead are cut whatever comes of it. A commit takes effect at
 -- most once, however often it is sent: the last reply of each slot is kept, so a
 -- repeat after a lost answer gets the first answer, and a late straggler nothing.
 --
