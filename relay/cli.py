@@ -263,19 +263,21 @@ def forget(
     settings = _settings(Role.READ)
     if not customer:
         raise typer.BadParameter("say whom: a source_id or an id, not empty.")
-    erased = asyncio.run(
-        _on_queue(settings, lambda queue: _erase(queue, settings, customer))
+    try:
+        customer.encode()
+    except UnicodeEncodeError:
+        raise typer.BadParameter("the name must be UTF-8, as events are.") from None
+    in_flight = asyncio.run(
+        _on_queue(settings, lambda queue: _erase(queue, settings, customer, as_json))
     )
-    if as_json:
-        typer.echo(json.dumps(erased))
-    else:
-        for name, n in erased.items():
-            typer.echo(f"{n:>7}  {ERASED[name]}")
-    if erased["in_flight"]:
+    if in_flight:
         sys.exit(FAILED)
 
 
-async def _erase(queue: "Queue", settings: Settings, customer: str) -> dict[str, int]:
+async def _erase(
+    queue: "Queue", settings: Settings, customer: str, as_json: bool
+) -> int:
+    """Erase, say what was erased, and clean the private server's file."""
     from relay.assembly import make_digests
     from relay.erasure import forget as erase
 
@@ -286,12 +288,18 @@ async def _erase(queue: "Queue", settings: Settings, customer: str) -> dict[str,
         )
     digests = make_digests(settings)
     known = [digests.customer(id=customer), digests.customer(source_id=customer)]
-    erased = await erase(queue, customer, digests=known)
+    erased = dataclasses.asdict(await erase(queue, customer, digests=known))
+    # Said before anything else can fail.
+    if as_json:
+        typer.echo(json.dumps(erased))
+    else:
+        for name, n in erased.items():
+            typer.echo(f"{n:>7}  {ERASED[name]}")
     if settings.redis_url is None:
         # Else the file keeps for long what is gone from memory. A Redis of somebody
         # else is not ours to keep busy; docs/operations.md says what to do there.
         await queue.rewrite_log()
-    return dataclasses.asdict(erased)
+    return int(erased["in_flight"])
 
 
 @app.command()

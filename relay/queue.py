@@ -39,6 +39,7 @@ STALE_MS = 20_000  # no heartbeat for so long: dead; with the look-out below < 3
 DEATHS_MAX = 5  # an event that took so many forwarders with it is set aside
 IDLE_CONSUMER_MS = 3_600_000
 OPS_CONNECTIONS = 16
+REWRITE_WAIT_S = 60.0  # a file of 1 GB, the private server's bound, is written sooner
 SERVER_CLOCK = "call('TIME')"  # where lib.lua reads it
 
 _pack = msgspec.msgpack.Encoder().encode
@@ -417,6 +418,7 @@ class Queue:
 
     async def forget_marks(self, digests: Sequence[str]) -> int:
         """Erase what limits and the comparison of ids keep under these digests."""
+        wanted = {digest.encode() for digest in digests}
         erased = 0
         # Of the whole server, since Redis cannot look for keys in another way; in
         # steps, so that others come between.
@@ -428,7 +430,7 @@ class Queue:
                 theirs = [
                     key
                     for key in cast("list[bytes]", keys)
-                    if not set(digests).isdisjoint(key.decode().split(":"))
+                    if not wanted.isdisjoint(key.split(b":"))
                 ]
                 if theirs:
                     erased += await self._ops.unlink(*theirs)
@@ -436,9 +438,28 @@ class Queue:
                 return erased
 
     async def rewrite_log(self) -> None:
-        """Have Redis write its append-only file anew, without what was erased."""
+        """Have Redis write its append-only file anew, without what was erased, and
+        empty its slow log, which keeps what slow commands were called with.
+
+        Returns when it has begun; only for a server that is the relay's alone.
+        """
         async with self._asking():
-            await self._ops.bgrewriteaof()
+            await self._ops.slowlog_reset()
+        deadline = time.monotonic() + REWRITE_WAIT_S
+        while time.monotonic() < deadline:
+            try:
+                async with self._asking():
+                    await self._ops.bgrewriteaof()
+                    return
+            except broken.ResponseError as error:
+                if "in progress" not in str(error):
+                    msg = f"Redis does not write its file anew: {error}."
+                    raise RelayError(msg) from error
+            # One is under way, and what it writes is from before.
+            await asyncio.sleep(0.1)
+        raise QueueUnavailable(
+            "redis_busy", "Redis is still writing its file: run it again in a minute."
+        )
 
     async def token(
         self, name: str, *, who: str, lock_ms: int = 0

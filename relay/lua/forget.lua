@@ -13,16 +13,28 @@ local place, cursor, size = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local person, needle = ARGV[4], ARGV[5]
 local erased, in_flight, mentions = 0, 0, 0
 
+local function part(event, name)
+  return type(event[name]) == 'table' and event[name] or {}
+end
+
 -- "theirs", "mentioned" or nil. The search comes first: it costs far less than
 -- unpacking, and nearly every event is somebody else's.
 local function about(text, body)
-  if not string.find(text, needle, 1, true) then return nil end
-  local event = cjson.decode(body())
-  local customer, referral = event.customer or {}, event.referral
+  if not text or not string.find(text, needle, 1, true) then return nil end
+  -- Nothing may fail here: what was dropped before it in this call is not counted yet.
+  local read, event = pcall(function() return cjson.decode(body()) end)
+  if not read or type(event) ~= 'table' then return nil end
+  local customer = part(event, 'customer')
   if customer.source_id == person or customer.id == person then return 'theirs' end
-  if type(referral) == 'table' and referral.referrer_id == person then
-    return 'mentioned'
-  end
+  if part(event, 'referral').referrer_id == person then return 'mentioned' end
+end
+local function about_entry(packed)
+  return about(packed, function() return open(packed).body end)
+end
+
+local function is_pending(lane, id)
+  local pending = redis.pcall('XPENDING', stream(lane), GROUP, id, id, 1)
+  return not pending.err and #pending > 0
 end
 
 local function drop(packed)
@@ -39,33 +51,49 @@ local function look_at_lane()
   local found = call('XRANGE', stream(place), from, '+', 'COUNT', size)
   for _, item in ipairs(found) do
     local id, packed = item[1], entry(item[1], item[2]).e
-    local whose = about(packed, function() return open(packed).body end)
+    local whose = about_entry(packed)
     if whose == 'mentioned' then mentions = mentions + 1 end
-    if whose == 'theirs' then
-      local pending = redis.pcall('XPENDING', stream(place), GROUP, id, id, 1)
-      if not pending.err and #pending > 0 then
-        in_flight = in_flight + 1
-      else
-        drop(packed)
-        remove(place, id)
-      end
+    if whose == 'theirs' and is_pending(place, id) then
+      in_flight = in_flight + 1
+    elseif whose == 'theirs' then
+      drop(packed)
+      remove(place, id)
     end
   end
   return #found == size and found[#found][1] or ''
 end
 
+-- What is being tried again has left the delayed set, and may come back to it. Few, so
+-- each call looks at them all.
+local function look_at_retry()
+  for _, item in ipairs(call('XRANGE', stream('retry'), '-', '+')) do
+    if about_entry(entry(item[1], item[2]).e) == 'theirs' then
+      in_flight = in_flight + 1
+    end
+  end
+end
+
+-- From the first that is due to the last. An event that is tried again comes back with
+-- a later time, so it is met there, unless it was away when the walk passed: then it
+-- was being tried at some call, and that call has seen it.
 local function look_at_delayed()
-  local step = call('ZSCAN', P .. ':delayed', cursor == '' and '0' or cursor,
-    'COUNT', size)
-  for i = 1, #step[2], 2 do
-    local member = step[2][i]
+  look_at_retry()
+  local key = P .. ':delayed'
+  local from = cursor == '' and '-inf' or '(' .. cursor
+  local found = call('ZRANGEBYSCORE', key, from, '+inf', 'WITHSCORES', 'LIMIT', 0, size)
+  local last = found[#found]
+  if #found == 2 * size then  -- and whatever else is due in the same millisecond
+    found = call('ZRANGEBYSCORE', key, from, last, 'WITHSCORES')
+  end
+  for i = 1, #found, 2 do
+    local member = found[i]
     local whose = about(member, function() return open(cmsgpack.unpack(member)[1]).body end)
     if whose == 'mentioned' then mentions = mentions + 1 end
-    if whose == 'theirs' and call('ZREM', P .. ':delayed', member) == 1 then
+    if whose == 'theirs' and call('ZREM', key, member) == 1 then
       drop(cmsgpack.unpack(member)[1])
     end
   end
-  return step[1] ~= '0' and step[1] or ''
+  return #found >= 2 * size and last or ''
 end
 
 local function look_at_dead()
