@@ -169,7 +169,7 @@ def check(*, as_json: AsJson = False) -> None:
     Sends no event. Exit code 3 when there is a fault.
     """
     from relay.checks import check as find
-    from relay.checks import lines
+    from relay.findings import lines
 
     logs.configure("auto")
     findings = asyncio.run(find())

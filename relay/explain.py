@@ -1,11 +1,11 @@
 """What would become of an event: every decision, and the request Voucherify would get.
 
-Runs the relay's own edge, so what it says is what the relay does. Sends nothing, asks
-neither Redis nor Voucherify: limits, repeats and uses of a token are named, not
-looked up. Secrets are masked.
+Runs the relay's own edge once over the whole request, so what it says is what the
+relay does. Sends nothing, asks neither Redis nor Voucherify: limits, repeats and uses
+of a token are named, not looked up. Secrets are masked.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -34,11 +34,12 @@ class Request:
     gpc: bool = False
     content_type: str = "application/json"
 
-    @property
-    def headers(self) -> list[tuple[bytes, bytes]]:
+    def headers(self, body: bytes) -> list[tuple[bytes, bytes]]:
         named = {
             "origin": self.origin,
             "content-type": self.content_type,
+            # As every client sends it: the edge refuses what is too large by this.
+            "content-length": str(len(body)),
             "relay-token": self.token,
             "sec-gpc": "1" if self.gpc else None,
         }
@@ -54,7 +55,7 @@ class _Telling(Policy):
 
     def __init__(self, policy: Policy) -> None:
         self.__dict__.update(vars(policy))
-        self.steps: list[Step] = []
+        self.told: list[tuple[list[Step], Refused | None]] = []  # of each event
 
     def judge(
         self,
@@ -65,12 +66,24 @@ class _Telling(Policy):
         say: Callable[[str, str], None] | None = None,
     ) -> Ruling:
         del say
-
-        def note(rule: str, said: str) -> None:
-            self.steps.append({"rule": rule, "verdict": "passes", "detail": said})
-
-        note("schema", "as Voucherify publishes it")
-        return super().judge(event, sender, now=now, say=note)
+        steps = [_step("schema", "as Voucherify publishes it")]
+        counted = len(sender.notes)
+        try:
+            ruling = super().judge(
+                event,
+                sender,
+                now=now,
+                say=lambda rule, said: steps.append(_step(rule, said)),
+            )
+        except Refused as refused:
+            self.told.append((steps, refused))
+            raise
+        # A rule in dry run, or a privacy signal that took something out.
+        steps += [
+            _step(note, "counted, and stops nothing") for note in sender.notes[counted:]
+        ]
+        self.told.append((steps, None))
+        return ruling
 
 
 def explain(
@@ -78,9 +91,10 @@ def explain(
 ) -> dict[str, object]:
     """Say what the relay would do with a request body.
 
-    `{"request": [step…], "events": [{"event", "status", "steps", "queue"?,
-    "upstream"?}…], "answer": {"status", "headers", "body"}}`, a step being
-    `{"rule", "verdict": "passes" | "refused", "detail"}`.
+    `{"request": [step…], "events": [{"event", "id", "status", "steps", "queue"?,
+    "upstream"?}…], "answer": {"status", "body"}}`, a step being
+    `{"rule", "verdict": "passes" | "refused", "detail"}`. An `id` is the sender's, or
+    null where the relay makes one; a `status` is `queued` or a refusing outcome.
     """
     policy = _Telling(make_policy(settings, make_catalog(settings).catalog))
     dialect = DIALECTS[request.route]()
@@ -93,7 +107,8 @@ def explain(
         dialect=dialect,
         allow_no_origin=settings.allow_no_origin,
     )
-    head = edge.head("POST", request.headers, "192.0.2.1")
+    # An address of nobody (RFC 5737).
+    head = edge.head("POST", request.headers(body), "192.0.2.1")
     if isinstance(head, Response):
         return _refused_whole(head, [])
     steps = [_step("origin", _say_origin(request, head))]
@@ -106,65 +121,68 @@ def explain(
         assert isinstance(judged, Response)  # noqa: S101  # the edge says the same
         return _refused_whole(judged, steps)
     steps.append(_step("body", f"{len(read.events)} in {len(body)} bytes"))
-    upstream = shown_upstream(settings)
-    events = []
-    for raw in read.events:
-        policy.steps = []
-        alone = edge.head("POST", request.headers, "192.0.2.1")
-        if isinstance(alone, Head):
-            alone.sender.token = read.token or alone.sender.token
-            one = edge.body(alone, bytes(raw), now=now)
-            events.append(_event(raw, one, policy, settings, upstream))
+    queued = iter(judged.events if isinstance(judged, Admitted) else ())
+    told = iter(policy.told)
     return {
         "request": steps,
-        "events": events,
+        "events": [_event(raw, told, queued, settings) for raw in read.events],
         "answer": _answer(judged, request.route),
     }
 
 
 def _event(
     raw: bytes | msgspec.Raw,
-    judged: Admitted | Response,
-    policy: _Telling,
+    told: Iterator[tuple[list[Step], Refused | None]],
+    queued: Iterator[Queueable],
     settings: Settings,
-    upstream: tuple[str, dict[str, str]],
 ) -> dict[str, object]:
-    name = _name(raw)
-    if isinstance(judged, Response):
-        [(outcome, reason, _)] = judged.refusals
-        said = msgspec.json.decode(judged.body, type=dict[str, object])
-        detail = said.get("details") or said.get("detail") or ""
-        events = said.get("events")
-        if isinstance(events, list):  # accepted as dropped
-            detail = events[0]["detail"]
-        steps = [*policy.steps, _step(reason, str(detail), verdict="refused")]
-        return {"event": name, "status": str(outcome), "steps": steps}
-    [queued] = judged.events
-    url, headers = upstream
+    """What became of the next event, in the order in which the edge met them."""
+    steps: list[Step] = []
+    refused: Refused | None
+    try:
+        event = read_event(raw)
+    except Refused as fault:  # it never met the policy
+        refused, name, own_id = fault, fault.name, fault.id
+    else:
+        (steps, refused), name, own_id = next(told), event.event, event.id
+    of_event: dict[str, object] = {"event": name, "id": own_id}
+    if refused is not None:
+        no = _step(refused.reason, refused.detail, verdict="refused")
+        return {**of_event, "status": str(refused.outcome), "steps": [*steps, no]}
+    accepted = next(queued)
+    url, headers = shown_upstream(settings)
     return {
-        "event": name,
+        **of_event,
         "status": "queued",
-        "steps": policy.steps,
-        "queue": _queue(queued, settings.limits),
+        "steps": steps,
+        "queue": _queue(accepted, settings.limits),
         "upstream": {
             "method": "POST",
             "url": url,
             "headers": headers,
-            "body": msgspec.json.decode(queued[7]),
+            "body": msgspec.json.decode(accepted[7]),
         },
     }
 
 
+# Whom one event of a limit is charged to.
+CHARGED = {
+    "ip": "the sender's address",
+    "customer": "the customer",
+    "site": "the whole shop",
+}
+
+
 def _queue(queued: Queueable, limits: Sequence[Limit]) -> dict[str, object]:
     """How it would wait, and what it would be charged to."""
-    _, given, _, _, lane, delivery, ttl_ms, _, special = queued
+    _, _, _, _, lane, delivery, ttl_ms, _, special = queued
     charged = [
         f"{limit.dimension}={limit.quota}/{span(limit.window_s)} burst {limit.burst}"
         + (" (dry run)" if limit.dry_run else "")
+        + f": charged to {CHARGED[limit.dimension]}"
         for limit in limits
     ]
     told: dict[str, object] = {
-        "id": "the sender's" if given else "made by the relay",
         "lane": lane,
         "delivery": delivery,
         "ttl_s": ttl_ms // 1000,
@@ -182,13 +200,6 @@ def _queue(queued: Queueable, limits: Sequence[Limit]) -> dict[str, object]:
         if uses:
             told["token_uses"] = f"one of {uses}"
     return told
-
-
-def _name(raw: bytes | msgspec.Raw) -> str:
-    try:
-        return read_event(raw).event
-    except Refused as refused:
-        return refused.name
 
 
 def _say_origin(request: Request, head: Head) -> str:
@@ -229,6 +240,9 @@ def lines(explained: dict[str, object]) -> list[str]:
     for n, event in enumerate(told.events, start=1):
         found += ["", f"event {n}: {event.event or '(no name)'}"]
         found += map(_line, event.steps)
+        if event.status == "queued":
+            own = f"{event.id} (the sender's)" if event.id else "made by the relay"
+            found.append(f"          {'id':<14} {own}")
         for name, value in (event.queue or {}).items():
             shown = "; ".join(value) if isinstance(value, list) else value
             found.append(f"          {name:<14} {shown}")
@@ -253,6 +267,7 @@ class _Upstream(msgspec.Struct):
 
 class _Event(msgspec.Struct):
     event: str
+    id: str | None
     status: str
     steps: list[Step]
     queue: dict[str, object] | None = None

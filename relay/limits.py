@@ -192,6 +192,23 @@ def parse_duration(text: str) -> int:
         raise ValueError(msg) from None
 
 
+def most_calls(budget: Sequence[Window], period_ms: int) -> int | None:
+    """How many calls all windows together let through in any `period_ms`."""
+    if not budget:
+        return None
+    return min(w.quota * max(1, -(-period_ms // w.period_ms)) for w in budget)
+
+
+def calls_a_day(budget: Sequence[Window]) -> int | None:
+    """How many calls a day all windows together allow for ever.
+
+    A month's quota may go in one day, but then nothing more does for the rest of it.
+    """
+    if not budget:
+        return None
+    return min(w.quota * UNIT_S["d"] * 1000 // w.period_ms for w in budget)
+
+
 def policy_header(limits: Sequence[Limit]) -> str:
     """Give the `RateLimit-Policy` field; empty when no limit is enforced.
 

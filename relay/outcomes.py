@@ -39,8 +39,9 @@ class Hold(StrEnum):
 # What the operator does about a hold; the same words in docs/operations.md.
 CURES = {
     "auth_hold": "Voucherify refuses the credentials or the origin: compare "
-    "RELAY_CLIENT_APPLICATION_ID, RELAY_CLIENT_TOKEN and RELAY_ORIGIN with Project "
-    "Settings in Voucherify's dashboard.",
+    "RELAY_ORIGIN, and RELAY_CLIENT_TOKEN, RELAY_SERVER_APP_TOKEN or "
+    "RELAY_OAUTH_APP_SECRET with its id, as RELAY_AUTH asks for, with Project Settings "
+    "in Voucherify's dashboard.",
     "plan_hold": "The plan's calls are spent: raise the plan, or wait for the next "
     "cycle; the queue is kept.",
     "config_hold": "This is not the API the relay speaks: check RELAY_CLUSTER.",

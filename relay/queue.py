@@ -565,6 +565,7 @@ _CLASSES: list[tuple[type[Exception], str]] = [
     (broken.NoPermissionError, "redis_auth"),
     (broken.TimeoutError, "redis_timeout"),
     (broken.ConnectionError, "redis_unreachable"),
+    (broken.InvalidResponse, "redis_foreign"),
 ]
 _SAYS = {
     "redis_full": "Redis is out of memory",
@@ -574,6 +575,7 @@ _SAYS = {
     "redis_busy": "Redis is busy with a script",
     "redis_timeout": "Redis did not answer in time",
     "redis_unreachable": "Redis cannot be reached",
+    "redis_foreign": "What answers there does not speak Redis' protocol",
     "redis_auth": "Redis refuses the relay's credentials",
 }
 

@@ -14,6 +14,7 @@ LAYERS = [
     {"demo"},
     {"serving"},
     {"app", "worker", "sandbox", "checks", "explain"},
+    {"probes"},
     {"assembly"},
     {"settings"},  # above everything it configures: only the roots can read it
     {"values"},
@@ -25,7 +26,7 @@ LAYERS = [
     {"catalog", "signing", "transport", "verdicts"},
     {"events", "limits", "origins", "retry", "digests", "toml_lines"},
     {"addresses"},
-    {"errors", "outcomes", "logs"},
+    {"errors", "outcomes", "logs", "findings"},
 ]
 LEVEL = {name: depth for depth, row in enumerate(LAYERS) for name in row}
 
@@ -37,6 +38,7 @@ PURE = {
     "digests",
     "edge",
     "events",
+    "findings",
     "grants",
     "limits",
     "origins",

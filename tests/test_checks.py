@@ -1,6 +1,7 @@
 """Each finding of `relay check`, provoked for real, with its cure and no secret."""
 
 import asyncio
+import contextlib
 import json
 import os
 import ssl
@@ -9,20 +10,24 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import get_args
+from urllib.parse import urlsplit
 
 import pytest
 import redis.asyncio
 
-from relay.checks import Finding, check, lines, most_calls
-from relay.limits import parse_budget
+from relay.checks import check, own_network
+from relay.findings import Code, Finding, lines
+from relay.limits import calls_a_day, most_calls, parse_budget
 from relay.queue import Queue
 from relay.sandbox.config import SandboxConfig
 from relay.sandbox.server import serve_sandbox
 from tests.programs import needs
 from tests.queues import event, result
 from tests.servers import start_server
+from tests.support import eventually
 from tests.test_cli import relay
-from tests.test_docs import first_column, section
+from tests.test_docs import coded, section, tables
 
 pytestmark = pytest.mark.anyio
 
@@ -33,6 +38,7 @@ ENVIRON = {
     "RELAY_ALLOWED_ORIGINS": "https://shop.example",
     "RELAY_CLIENT_APPLICATION_ID": UUID,
     "RELAY_CLIENT_TOKEN": "66666666-7777-8888-9999-000000000000",
+    "RELAY_OPS_TOKEN": "S3CRET-ops-token",
     "RELAY_ORIGIN": "shop.example",
     "RELAY_ANONYMOUS": "restricted",
     # Nothing listens there (discard).
@@ -42,27 +48,36 @@ ENVIRON = {
 AWAY = {"sandbox_cluster", "cluster_unreachable", "redis_unreachable"}
 
 
+# What must be in no finding, whatever fails; others begin with S3CRET.
+SECRET_SETTINGS = ("RELAY_CLIENT_TOKEN", "RELAY_SERVER_APP_TOKEN")
+# Code and levels, as the document has them.
+TOLD = {
+    coded(code)[0]: set(levels.split(", "))
+    for code, levels, *_ in tables(section("docs/operations.md", "Checks"))
+}
+
+
 async def found(**settings: str) -> dict[str, Finding]:
-    given = {f"RELAY_{name.upper()}": value for name, value in settings.items()}
-    findings = await check(ENVIRON | given)
+    environ = ENVIRON | {f"RELAY_{n.upper()}": value for n, value in settings.items()}
+    findings = await check(environ)
     ranks = ["fault", "warning", "note"]
     assert [f.level for f in findings] == sorted(
         (f.level for f in findings), key=ranks.index
     )
     for finding in findings:
-        assert finding.code in first_column(section("docs/operations.md", "Checks"))
+        assert finding.level in TOLD[finding.code], finding
         assert finding.detail.strip()
         assert finding.cure.strip()
-    assert len(lines(findings)) == 3 * len(findings) + 2
+    told = lines(findings)
+    assert len(told) == 3 * len(findings) + 3
+    for secret in ("S3CRET", *filter(None, map(environ.get, SECRET_SETTINGS))):
+        assert secret not in "\n".join(told)
+        assert secret not in repr(findings)
     return {finding.code: finding for finding in findings}
 
 
 def test_every_code_is_told() -> None:
-    source = (Path(__file__).parents[1] / "relay" / "checks.py").read_text()
-    told = first_column(section("docs/operations.md", "Checks"))
-    assert len(told) == len(set(told)) > 20
-    for code in told:
-        assert f'"{code}"' in source, code
+    assert list(TOLD) == list(get_args(Code))  # in the same order, too
 
 
 # --- settings -------------------------------------------------------------------------
@@ -94,6 +109,23 @@ async def test_a_wrong_setting_is_a_fault(setting: str, value: str, about: str) 
     assert (told["setting"].about, told["setting"].level) == (about, "fault")
 
 
+async def test_each_wrong_setting_has_a_finding(tmp_path: Path) -> None:
+    (tmp_path / "empty").write_text("")
+    given = {
+        "RELAY_ALLOWED_ORIGINS": "https://shop.example/S3CRET",
+        "RELAY_CLUSTER": "http://user:S3CRET@api.voucherify.io",
+        "RELAY_CLIENT_TOKEN_FILE": str(tmp_path / "empty"),
+        "RELAY_REDIS_URL": "redis://:S3CRET#@redis.example",
+        "RELAY_SIGNING_KEYS": "S3CRET",
+        "RELAY_LIMITS": "ip=S3CRET",
+        "RELAY_ORIGIN": "",
+    }
+    findings = await check({**ENVIRON, "RELAY_CLIENT_TOKEN": "", **given})
+    assert sorted(f.about for f in findings) == sorted(given)
+    assert {(f.level, f.code) for f in findings} == {("fault", "setting")}
+    assert "S3CRET" not in repr(findings)
+
+
 @pytest.mark.parametrize(
     ("settings", "code", "level"),
     [
@@ -102,7 +134,12 @@ async def test_a_wrong_setting_is_a_fault(setting: str, value: str, about: str) 
         ({"allowed_origins": "*", "anonymous": "trusted"}, "any_origin", "fault"),
         ({"signing_keys": "k" * 32, "tokens": "dry_run"}, "tokens_dry_run", "note"),
         ({"allowed_origins": "http://shop.example"}, "http_origin", "warning"),
-        ({"redis_url": "redis://192.0.2.1:1"}, "redis_unencrypted", "warning"),
+        ({"redis_url": "redis://relay.invalid"}, "redis_unencrypted", "warning"),
+        ({"signing_keys": "k" * 32}, "no_catalog", "note"),
+        ({"origin": "https://other.example"}, "origin_elsewhere", "note"),
+        ({"origin": "notshop.example"}, "origin_elsewhere", "note"),
+        ({"server_app_id": UUID}, "same_keys", "warning"),
+        ({"client_tokn": "S3CRET"}, "setting_doubtful", "warning"),
         ({"client_token": "tok"}, "odd_credentials", "note"),
         ({"server_app_token": ENVIRON["RELAY_CLIENT_TOKEN"]}, "same_keys", "warning"),
         ({"uds": "/run/relay.sock"}, "setting_doubtful", "warning"),
@@ -118,10 +155,56 @@ async def test_a_doubtful_setting_is_told(
 
 
 @pytest.mark.parametrize(
-    "origin", ["http://localhost:3000", "http://127.0.0.1", "https://shop.example"]
+    "origin",
+    [
+        "http://localhost:3000",
+        "http://shop.localhost:3000",
+        "http://127.0.0.1",
+        "http://[::1]:3000",
+        "https://shop.example",
+    ],
 )
 async def test_origins_of_developers_need_no_tls(origin: str) -> None:
     assert "http_origin" not in await found(allowed_origins=origin)
+
+
+@pytest.mark.parametrize(
+    ("host", "own"),
+    [
+        ("redis", True),
+        ("10.1.2.3", True),
+        ("fd00::1", True),
+        ("localhost", True),
+        ("redis.internal", True),
+        ("redis.example", False),
+        ("203.0.113.9", False),
+        ("2001:db8::1", False),
+        ("internal.example", False),
+    ],
+)
+def test_a_redis_of_ones_own_network_may_do_without_tls(host: str, own: bool) -> None:
+    assert own_network(host) is own
+
+
+@pytest.mark.parametrize(
+    ("shown", "pages"),
+    [
+        ("shop.example", "https://www.shop.example"),
+        ("https://www.shop.example:8443", "https://shop.example"),
+        ("shop.example", "https://other.example, https://*.shop.example"),
+        ("www.shop.example", "https://*.shop.example"),
+        ("other.example", "*"),
+        ("localhost:5000", "http://localhost:3000"),
+    ],
+)
+async def test_an_origin_of_the_same_shop_is_no_finding(shown: str, pages: str) -> None:
+    assert "origin_elsewhere" not in await found(origin=shown, allowed_origins=pages)
+
+
+async def test_trusted_senders_beside_keys_are_told_to_go() -> None:
+    keys = {"signing_keys": "S3CRET-" + "k" * 32, "anonymous": "trusted"}
+    assert "keys" in (await found(**keys))["anonymous_trusted"].cure
+    assert "anonymous_trusted" not in await found(**keys, tokens="required")
 
 
 async def test_a_doubtful_catalogue_is_told(tmp_path: Path) -> None:
@@ -145,10 +228,21 @@ def test_the_most_calls_of_a_budget(budget: str, calls: int | None) -> None:
     assert most_calls(parse_budget(budget), 5_000) == calls
 
 
+@pytest.mark.parametrize(
+    ("budget", "calls"),
+    [("off", None), ("4/5s", 69_120), ("4/5s, 90000/30d", 3_000), ("1/1d, 9/1m", 1)],
+)
+def test_what_a_budget_allows_a_day_for_ever(budget: str, calls: int | None) -> None:
+    assert calls_a_day(parse_budget(budget)) == calls
+
+
 async def test_a_budget_above_voucherifys_limit_is_told() -> None:
     cluster = "https://relay.invalid"  # never resolves (RFC 6761)
     above = {"upstream_budget": "90/1m", "cluster": cluster}
     assert "budget_above_limit" in await found(**above)
+    assert "any number" in (
+        (await found(**above | {"upstream_budget": "off"}))["budget_above_limit"].detail
+    )
     keys = {"server_app_id": UUID, "server_app_token": UUID}
     assert "budget_above_limit" not in await found(
         **above, **keys, upstream_api="server"
@@ -209,10 +303,16 @@ LATE = b"HTTP/1.1 204 No Content\r\nDate: Mon, 01 Jan 2024 00:00:00 GMT\r\n\r\n"
             "cluster_failing",
             "warning",
         ),
+        (b"HTTP/1.1 503 Bad\r\n" + PAGE, "cluster_failing", "warning"),
+        (b"HTTP/1.1 501 No\r\n" + PAGE, "not_the_api", "fault"),
         (b"SSH-2.0-OpenSSH\r\n", "cluster_unreachable", "fault"),
+        (b"S3CRET\r\n\r\n", "cluster_unreachable", "fault"),
         (LATE, "clock_skew", "fault"),
     ],
-    ids=["page", "other-404", "redirect", "down", "garbage", "late-clock"],
+    ids=[
+        *("page", "other-404", "redirect", "down", "balancer", "no-options"),
+        *("garbage", "echo", "late-clock"),
+    ],
 )
 async def test_a_cluster_that_is_another_is_told(
     said: bytes, code: str, level: str
@@ -220,6 +320,64 @@ async def test_a_cluster_that_is_another_is_told(
     async with answering(said) as url:
         told = await found(cluster=url)
     assert told[code].level == level
+    others = {"not_the_api", "cluster_failing", "cluster_unreachable"} - {code}
+    assert not others & told.keys()
+
+
+@pytest.mark.parametrize(
+    "date", ["", "soon", "Mon, 99 Jan 2024 99:99:99 GMT", "9" * 99]
+)
+async def test_a_date_of_no_clock_is_no_finding(date: str) -> None:
+    said = f"HTTP/1.1 204 No Content\r\nDate: {date}\r\n\r\n".encode()
+    async with answering(said) as url:
+        assert (await found(cluster=url)).keys() == {
+            "sandbox_cluster",
+            "redis_unreachable",
+        }
+
+
+async def test_an_answer_without_end_is_not_read() -> None:
+    sent = 0
+
+    async def pour(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal sent
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n")
+        with contextlib.suppress(OSError):
+            while True:
+                writer.write(bytes(100_000))
+                await writer.drain()
+                sent += 100_000
+        writer.close()
+
+    async with await asyncio.start_server(pour, "127.0.0.1") as server:
+        port = server.sockets[0].getsockname()[1]
+        told = await found(cluster=f"http://127.0.0.1:{port}")
+        assert "cluster_unreachable" not in told
+    assert sent < 50_000_000  # what sockets hold, not what five seconds bring
+
+
+@pytest.mark.parametrize(
+    ("ahead", "level"), [(0, None), (10, "warning"), (-10, "warning"), (120, "fault")]
+)
+async def test_a_clock_that_is_off_is_told(
+    valkey_url: str, prefix: str, ahead: int, level: str | None
+) -> None:
+    """Beside Redis and the sandbox alike; the hours are those of Redis."""
+    async with serve_sandbox(SandboxConfig()) as running:
+        findings = await check(
+            ENVIRON
+            | {
+                "RELAY_CLUSTER": running.url,
+                "RELAY_REDIS_URL": valkey_url,
+                "RELAY_REDIS_PREFIX": prefix,
+            },
+            now=lambda: time.time() + ahead,
+        )
+    skewed = [f for f in findings if f.code == "clock_skew"]
+    assert [f.level for f in skewed] == ([level] * 2 if level else [])
+    whose = " ".join(f.detail for f in skewed)
+    assert ("cluster" in whose and "Redis" in whose) is bool(level)
 
 
 async def test_what_hangs_is_waited_for_in_bounds() -> None:
@@ -259,6 +417,7 @@ async def test_a_certificate_of_nobody_is_told(marked: None, tmp_path: Path) -> 
     async with answering(LATE, tls) as url:
         told = await found(cluster=url)
     assert told["cluster_tls"].level == "fault"
+    assert "cluster_unreachable" not in told
 
 
 # --- Redis and its counters -----------------------------------------------------------
@@ -285,6 +444,7 @@ async def server(
         ({"maxmemory_policy": "volatile-lru"}, "redis_evicts_marks", "warning"),
         ({"maxmemory_policy": "allkeys-lru"}, "redis_unfit", "fault"),
         ({"maxmemory": "1100000"}, "redis_nearly_full", "warning"),
+        ({"appendfsync": "no"}, "redis_fsync_off", "warning"),
     ],
     ids=str,
 )
@@ -294,6 +454,93 @@ async def test_a_redis_that_could_lose_events_is_told(
     async with server(tmp_path / "data", **config) as (url, _):
         told = await found(redis_url=url)
     assert told[code].level == level
+
+
+async def test_a_disk_that_takes_nothing_is_told(tmp_path: Path) -> None:
+    async with server(tmp_path / "data") as (url, client):
+        where = await client.config_get("dir")
+        file = await client.config_get("dbfilename")
+        # Redis cannot put a file where a directory is, not even as root.
+        (Path(str(where["dir"])) / str(file["dbfilename"]) / "full").mkdir(parents=True)
+        await client.bgsave()
+
+        async def failed() -> bool:
+            info = await client.info("persistence")
+            return bool(info["rdb_last_bgsave_status"] != "ok")
+
+        await eventually(failed)
+        told = await found(redis_url=url)
+    assert told["redis_disk"].level == "fault"
+    assert "rdb_last_bgsave_status" in told["redis_disk"].detail
+
+
+@pytest.mark.parametrize(
+    "said", [b"SSH-2.0-S3CRET\r\n", b"HTTP/1.1 400 S3CRET\r\n\r\n"], ids=["ssh", "http"]
+)
+async def test_what_is_no_redis_is_told(said: bytes) -> None:
+    async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(said)
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(greet, "127.0.0.1") as other:
+        port = other.sockets[0].getsockname()[1]
+        told = await found(redis_url=f"redis://:S3CRET@127.0.0.1:{port}")
+    assert "protocol" in told["redis_unreachable"].detail
+
+
+@pytest.mark.parametrize("key", ["totals", "gauges", "hour"])
+async def test_keys_of_somebody_else_are_told(
+    key: str, valkey_url: str, prefix: str
+) -> None:
+    client = redis.asyncio.Redis.from_url(valkey_url)
+    try:
+        if key == "hour":
+            key += time.strftime(":%Y%m%d%H", time.gmtime(time.time() - 7200))
+            await client.hset(f"{{{prefix}}}:{key}", "received", "S3CRET")
+        else:
+            await client.set(f"{{{prefix}}}:{key}", "S3CRET")
+        told = await found(redis_url=valkey_url, redis_prefix=prefix)
+    finally:
+        await client.delete(f"{{{prefix}}}:{key}")
+        await client.aclose()
+    assert told["redis_foreign"].level == "fault"
+
+
+async def test_what_was_found_stays_when_redis_refuses_the_rest(tmp_path: Path) -> None:
+    async with server(tmp_path / "data", appendonly="no") as (url, client):
+        await client.acl_setuser(
+            "some",
+            enabled=True,
+            passwords=["+S3CRET"],
+            keys=["*"],
+            commands=["+time", "+info", "+client", "+hello", "+auth"],
+        )
+        told = await found(redis_url=f"unix://some:S3CRET@{urlsplit(url).path}")
+    assert {"redis_not_persistent", "redis_unreachable"} <= told.keys()
+    assert "credentials" in told["redis_unreachable"].detail
+
+
+async def test_a_password_that_is_wrong_is_told(tmp_path: Path) -> None:
+    async with server(tmp_path / "data") as (url, _):
+        told = await found(redis_url=f"unix://relay:S3CRET@{urlsplit(url).path}")
+    assert told["redis_unreachable"].level == "fault"
+
+
+async def test_a_redis_without_config_is_checked_as_far_as_it_goes(
+    tmp_path: Path,
+) -> None:
+    async with server(tmp_path / "data", appendfsync="no") as (url, client):
+        await client.acl_setuser(
+            "some",
+            enabled=True,
+            passwords=["+S3CRET"],
+            keys=["*"],
+            categories=["+@all"],
+            commands=["-config"],
+        )
+        told = await found(redis_url=f"unix://some:S3CRET@{urlsplit(url).path}")
+    assert told.keys() == {"sandbox_cluster", "cluster_unreachable"}
 
 
 async def test_a_sound_redis_gives_no_finding(valkey_url: str, prefix: str) -> None:
@@ -337,6 +584,21 @@ async def test_what_the_counters_say_is_told(valkey_url: str, prefix: str) -> No
     assert "3 requests" in told["untrusted_proxy"].detail
     assert "had 499000" in told["budget_below_traffic"].detail
     assert told["budget_below_traffic"].level == "fault"
+    # Nothing fewer than all of it in a day, but then nothing more for a month.
+    told = await found(
+        redis_url=valkey_url,
+        redis_prefix=prefix,
+        upstream_budget="600000/30d",
+    )
+    assert "delivers 20000 events a day" in told["budget_below_traffic"].detail
+    told = await found(
+        redis_url=valkey_url, redis_prefix=prefix, upstream_budget="498000/1d"
+    )
+    assert told["budget_below_traffic"].level == "warning"
+    told = await found(
+        redis_url=valkey_url, redis_prefix=prefix, upstream_budget="499000/1d"
+    )
+    assert "budget_below_traffic" not in told
 
 
 # --- the command ----------------------------------------------------------------------

@@ -273,7 +273,7 @@ def test_stats_for_people_begins_with_what_holds_delivery_and_its_cure(
     assert said.startswith(
         "Delivery is held: auth_hold (http_401) since 1970-01-01T00:00:00+00:00;"
     )
-    assert "compare RELAY_CLIENT_APPLICATION_ID, RELAY_CLIENT_TOKEN and" in said
+    assert "compare RELAY_ORIGIN, and RELAY_CLIENT_TOKEN," in said
     assert "12345" in said
 
 

@@ -2,16 +2,25 @@
 
 import json
 import os
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import cast
 
+import httpx
 import msgspec
 import pytest
+from hypothesis import given as drawn
+from hypothesis import strategies as st
+from uvicorn._types import ASGIApplication
 
 from relay.answers import Response
-from relay.assembly import make_catalog, make_digests, make_policy
+from relay.app import App
+from relay.assembly import Station, make_catalog, make_digests, make_policy, make_signer
 from relay.edge import Admitted, Edge, Head
 from relay.explain import DIALECTS, Request, explain, lines
 from relay.settings import CREDENTIALS, Role, Settings, load_settings
+from relay.values import SDK_PATH
+from tests.support import serve
 from tests.test_cli import relay
 
 KEY = "S3CRET-signing-key-of-32-characters"
@@ -74,6 +83,14 @@ BODIES: dict[str, object] = {
     "no-event": {"customer": {}},
     "unknown-field": event(more=1),
     "empty-batch": {"events": []},
+    "empty-token": {"events": [event("paid")], "token": ""},
+    "own-token-empty": event("paid", token=""),
+    "batch-in-a-batch": [{"events": [event()]}],
+    "three-in-one": [{"events": [event(), event("no"), event("no")]}],
+    "array-in-an-array": [[event()], []],
+    "no-events-at-all": [1, None, "event", {}],
+    "events-in-metadata": event(metadata={"events": [event()]}),
+    "too-many": [event()] * 101,
     "not-json": b"{",
     "empty": b"",
     "huge": b" " * 70_000,
@@ -94,6 +111,16 @@ def raw(body: object) -> bytes:
     return body if isinstance(body, bytes) else json.dumps(body).encode()
 
 
+def headers(request: Request, body: bytes) -> dict[str, str]:
+    """What a client with this request sends, written down once more."""
+    sent = {"content-type": request.content_type, "content-length": str(len(body))}
+    if request.origin is not None:
+        sent["origin"] = request.origin
+    if request.token is not None:
+        sent["relay-token"] = request.token
+    return sent | ({"sec-gpc": "1"} if request.gpc else {})
+
+
 def decided(
     settings: Settings, body: bytes, request: Request
 ) -> tuple[int, list[tuple[str, str]]]:
@@ -106,7 +133,8 @@ def decided(
         policy=make_policy(settings, make_catalog(settings).catalog),
         dialect=DIALECTS[request.route](),
     )
-    head = edge.head("POST", request.headers, "198.51.100.7")
+    sent = [(n.encode(), v.encode()) for n, v in headers(request, body).items()]
+    head = edge.head("POST", sent, "198.51.100.7")
     judged = edge.body(head, body, now=NOW) if isinstance(head, Head) else head
     if isinstance(judged, Response):
         return judged.status, [(str(o), r) for o, r, _ in judged.refusals]
@@ -115,17 +143,9 @@ def decided(
     return status, [(str(r.outcome), r.reason) for r in judged.refused.values()]
 
 
-@pytest.mark.parametrize("gpc", ["ignore", "strip", "drop"])
-@pytest.mark.parametrize("request_", REQUESTS.values(), ids=REQUESTS)
-@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
-def test_it_says_what_the_edge_does(
-    settings: Settings, body: object, request_: Request, gpc: str
-) -> None:
-    if gpc != "ignore" and not request_.gpc:
-        return  # the same as without it
-    settings = settings.model_copy(update={"gpc": gpc})
-    status, refused = decided(settings, raw(body), request_)
-    told = msgspec.to_builtins(explain(settings, raw(body), request_, now=NOW))
+def assert_told(settings: Settings, body: bytes, request: Request) -> None:
+    status, refused = decided(settings, body, request)
+    told = msgspec.to_builtins(explain(settings, body, request, now=NOW))
     assert told["answer"]["status"] == status
     said = [
         (event["status"], event["steps"][-1]["rule"])
@@ -141,25 +161,141 @@ def test_it_says_what_the_edge_does(
     assert lines(told)
 
 
+@pytest.mark.parametrize("gpc", ["ignore", "strip", "drop"])
+@pytest.mark.parametrize("request_", REQUESTS.values(), ids=REQUESTS)
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
+def test_it_says_what_the_edge_does(
+    settings: Settings, body: object, request_: Request, gpc: str
+) -> None:
+    if gpc != "ignore" and not request_.gpc:
+        return  # the same as without it
+    assert_told(settings.model_copy(update={"gpc": gpc}), raw(body), request_)
+
+
+words = st.sampled_from(["event", "events", "customer", "token", "id", "source_id"])
+odd = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5) | words,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner),
+    max_leaves=8,
+)
+likely = st.builds(
+    event,
+    st.sampled_from(["plain", "few", "paid", "no", ""]),
+    metadata=st.none() | odd | st.just({"n": 1}),
+    id=st.none() | st.just("x-1") | odd,
+    token=st.none() | st.just("") | st.just("a.b.c"),
+)
+several = st.lists(likely | odd, max_size=4)
+bodies = (
+    likely | several | odd | st.fixed_dictionaries({"events": several, "token": odd})
+)
+
+
+@pytest.fixture(scope="module")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    path = tmp_path_factory.mktemp("explain") / "catalog.toml"
+    path.write_text(CATALOG)
+    return load_settings(Role.SERVE, ENVIRON, catalog=str(path))
+
+
+@drawn(bodies, st.sampled_from([*REQUESTS.values()]))
+def test_it_says_what_the_edge_does_with_any_body(
+    made_once: Settings, body: object, request_: Request
+) -> None:
+    assert_told(made_once, raw(body), request_)
+
+
+@pytest.fixture
+async def running(
+    tmp_path: Path, valkey_url: str, prefix: str
+) -> AsyncIterator[tuple[Settings, httpx.AsyncClient]]:
+    """A relay that answers, with nothing that only Redis could know."""
+    path = tmp_path / "catalog.toml"
+    path.write_text(CATALOG.replace('limit = "3/1d"', ""))
+    own = {"limits": "off", "redis_prefix": prefix, "redis_url": valkey_url}
+    settings = load_settings(Role.SERVE, ENVIRON, catalog=str(path), **own)
+    app = App(Station(settings, redis_url=valkey_url, forward=False))
+    async with (
+        serve(cast("ASGIApplication", app), proxy_headers=False) as url,
+        httpx.AsyncClient(base_url=url, timeout=20) as client,
+    ):
+        yield settings, client
+
+
+@pytest.mark.anyio
+async def test_it_says_what_a_running_relay_answers(
+    running: tuple[Settings, httpx.AsyncClient],
+) -> None:
+    settings, client = running
+    for name, request_ in REQUESTS.items():
+        for what, body in BODIES.items():
+            answer = await client.post(
+                SDK_PATH if request_.route == "sdk" else "/track",
+                content=raw(body),
+                headers=headers(request_, raw(body)),
+            )
+            told = msgspec.to_builtins(explain(settings, raw(body), request_, now=NOW))
+            assert told["answer"]["status"] == answer.status_code, (name, what)
+            shown = answer.json()
+            if "reason" in shown and "events" not in shown:
+                rules = [
+                    *told["request"],
+                    *(s for e in told["events"] for s in e["steps"]),
+                ]
+                assert rules[-1]["rule"] == shown["reason"], (name, what)
+            for one, entry in zip(
+                told["events"], shown.get("events", told["events"]), strict=True
+            ):
+                # Only Redis knows of a repeat.
+                known = {"duplicate": "queued", "coalesced": "queued"}
+                assert one["status"] == known.get(entry["status"], entry["status"])
+                if "reason" in entry and one["status"] != "queued":
+                    assert one["steps"][-1]["rule"] == entry["reason"], (name, what)
+
+
 def test_what_waits_and_what_leaves_is_told(settings: Settings) -> None:
     body = event("few", id="x-1", metadata={"n": 1})
     told = explain(settings, raw(body), REQUESTS["page"], now=NOW)
     [one] = msgspec.to_builtins(told["events"])
+    assert (one["event"], one["id"], one["status"]) == ("few", "x-1", "queued")
     assert one["queue"] == {
-        "id": "the sender's",
         "lane": "low",
         "delivery": "at_least_once",
         "ttl_s": 7200,
         "limits": [
-            "ip=120/1m burst 60",
-            "customer=60/1m burst 30",
-            "site=20000/1m burst 5000",
+            "ip=120/1m burst 60: charged to the sender's address",
+            "customer=60/1m burst 30: charged to the customer",
+            "site=20000/1m burst 5000: charged to the whole shop",
         ],
         "coalesce": "one in 10m of this customer",
         "event_limit": "3 in 1d of this customer",
     }
     assert one["upstream"]["url"] == "https://api.voucherify.io/client/v1/events"
     assert one["upstream"]["body"] == event("few", metadata={"n": 1})
+
+
+def test_a_token_is_read_and_its_uses_are_told(settings: Settings) -> None:
+    signer = make_signer(settings)
+    assert signer is not None
+    token, _ = signer.sign(source_id="u1", uses=5, now=NOW)
+    for name, sender in {
+        "header": Request(origin="https://shop.example", token=token),
+        "nobody": Request(token=token),
+    }.items():
+        told = explain(settings, raw({"event": "paid"}), sender, now=NOW)
+        [one] = msgspec.to_builtins(told["events"])
+        assert one["status"] == "queued", name
+        assert one["queue"]["token_uses"] == "one of 5"
+        assert one["upstream"]["body"]["customer"] == {"source_id": "u1"}
+        assert token not in repr(told)
+
+
+def test_what_a_dry_run_would_refuse_is_told(settings: Settings) -> None:
+    trial = settings.model_copy(update={"tokens": "dry_run", "anonymous": "trusted"})
+    told = explain(trial, raw(event()), REQUESTS["page"], now=NOW)
+    [one] = msgspec.to_builtins(told["events"])
+    assert one["status"] == "queued"
+    assert one["steps"][-1]["rule"] == "would_refuse:token"
 
 
 @pytest.mark.parametrize(("api", "auth"), list(CREDENTIALS))
