@@ -64,6 +64,7 @@ class Voucherify:
         self._url = httpx.URL(self._base_url + EVENT_PATHS[api])
         self._headers = _headers(api, origin, keys)
         self._secrets = [keys.token.get_secret_value()] if keys else []
+        self._secrets += grant.secrets if grant else []  # the cluster knows them, too
         self._wall = wall
         self._transport = Transport(
             # The token's request never waits for those of the events.
