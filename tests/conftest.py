@@ -4,7 +4,24 @@ import os
 
 import pytest
 
+from tests.listening import of_session
 from tests.servers import prefix, redis_url, valkey_url  # noqa: F401  # fixtures
+
+LAST = "test_what_the_suite_made_the_relay_say_holds_no_secret_and_no_other_customer"
+
+
+def pytest_configure() -> None:
+    of_session().listen()
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    of_session().report(report)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the test that looks at what all others have made the relay say last."""
+    items.sort(key=lambda item: item.name == LAST)
 
 
 @pytest.fixture

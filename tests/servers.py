@@ -13,13 +13,20 @@ from pathlib import Path
 import pytest
 
 from relay.embedded import EmbeddedServer
+from tests.listening import of_session
+
+_RUNNING: list[str] = []  # the URLs of servers that a test may have used
 
 
 @contextmanager
 def start_server(binary: Path | None, directory: Path) -> Iterator[str]:
     """Run one server in `directory` and yield its URL; None means the embedded one."""
     with EmbeddedServer(data_dir=directory, binary=binary) as server:
-        yield server.url
+        _RUNNING.append(server.url)
+        try:
+            yield server.url
+        finally:
+            _RUNNING.remove(server.url)
 
 
 @pytest.fixture(scope="session")
@@ -51,6 +58,9 @@ def redis_url(
 
 
 @pytest.fixture
-def prefix() -> str:
-    """Return a prefix for keys that no other test uses."""
-    return f"test-{secrets.token_hex(6)}"
+def prefix() -> Iterator[str]:
+    """Return a prefix for keys that no other test uses; they go when it ends."""
+    made = f"test-{secrets.token_hex(6)}"
+    yield made
+    for url in _RUNNING:
+        of_session().keys(url, "{" + made + "}")

@@ -22,6 +22,7 @@ from relay.limits import parse_limits
 from relay.origins import AllowedOrigins
 from relay.policy import Policy
 from relay.queue import Queue
+from tests.listening import of_session
 from tests.queues import Bench, Clock, result
 from tests.support import eventually, serve
 
@@ -67,6 +68,7 @@ class Wire:
         headers = dict(line.split(": ", 1) for line in lines)
         length = int(headers.get("content-length", "0"))
         body = await self._reader.readexactly(length)
+        of_session().raw(head + body)
         return Answer(int(first.split()[1]), headers, body)
 
     async def closed(self) -> bool:

@@ -1,0 +1,319 @@
+"""Where the suite listens, so that no test has to remember to.
+
+Each place is a method through which everything of one kind passes. It goes on doing
+what it did; the recorder is told what went in and what came out. Not heard are the
+answers that a browser, Node or nginx got, except as far as they showed in turn.
+"""
+
+import os
+import re
+import subprocess
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import wraps
+from inspect import iscoroutinefunction
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.parse import unquote, urlsplit
+from weakref import WeakKeyDictionary
+
+import aiohttp
+import httpx
+import pytest
+import redis
+from pydantic import SecretStr
+from structlog.testing import LogCapture
+
+from relay.errors import RelayError
+from relay.events import Refused
+from relay.sandbox.oauth import Token
+from relay.sandbox.server import RunningSandbox
+from relay.settings import SECRETS, variable
+from relay.signing import InvalidClaim, TokenRefused
+from tests.leaks import Kind, Recorder
+
+OVERLAP = 4096  # of an output that is read again, so that no look cuts a value in two
+EVENTS = 200  # of each stream; one piece of code makes them all
+
+# These print what they are asked to make, or keys that open nothing but a sandbox.
+PRINTS_SECRETS = frozenset({"keygen", "token", "sandbox"})
+
+# What passed: the object, the arguments after it, the named ones, and the result.
+Told = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None]
+
+
+def where() -> str:
+    """The test that runs now."""
+    return os.environ.get("PYTEST_CURRENT_TEST", "no test").rpartition(" (")[0]
+
+
+def listening(owner: type, name: str, told: Told, *, before: bool = False) -> None:
+    """Tell of every call of a method, after it unless it never returns."""
+    method = getattr(owner, name)
+    if iscoroutinefunction(method):
+
+        @wraps(method)
+        async def heard(it: object, *args: object, **named: object) -> object:
+            result = await method(it, *args, **named)
+            told(it, args, named, result)
+            return result
+
+    else:
+
+        @wraps(method)
+        def heard(it: object, *args: object, **named: object) -> object:
+            if before:
+                told(it, args, named, None)
+            result = method(it, *args, **named)
+            if not before:
+                told(it, args, named, result)
+            return result
+
+    setattr(owner, name, heard)
+
+
+@dataclass(slots=True)
+class Output:
+    """A file that a program writes to, kept open should the test delete it."""
+
+    process: "subprocess.Popen[Any]"
+    where: str
+    file: BinaryIO
+    tail: bytes = b""
+
+
+@dataclass(slots=True)
+class Listener:
+    """Knows where to listen, and tells the recorder."""
+
+    recorder: Recorder
+    _outputs: list[Output] = field(default_factory=list)
+    _fakes: set[int] = field(default_factory=set)  # ports of sandboxes
+    _sent: WeakKeyDictionary[object, bytes] = field(default_factory=WeakKeyDictionary)
+
+    def listen(self) -> None:
+        """Begin; once in a session."""
+        listening(SecretStr, "__init__", self._configured)
+        listening(Token, "__init__", self._minted)
+        listening(RunningSandbox, "__init__", self._fake)
+        listening(subprocess.Popen, "__init__", self._started)
+        listening(subprocess.Popen, "communicate", self._communicated)
+        listening(pytest.CaptureFixture, "readouterr", self._captured)
+        listening(LogCapture, "__call__", self._structured, before=True)
+        for error in (RelayError, TokenRefused, Refused, InvalidClaim):
+            listening(error, "__init__", self._raised)
+        listening(httpx.Client, "send", self._httpx)
+        listening(httpx.AsyncClient, "send", self._httpx)
+        listening(aiohttp.ClientSession, "_request", self._asked)
+        listening(aiohttp.ClientResponse, "read", self._read)
+
+    # Secrets
+
+    def _configured(self, secret: SecretStr, *_: object) -> None:
+        value = secret.get_secret_value()
+        if isinstance(value, str):
+            self._setting("a SecretStr", value)
+
+    def _setting(self, name: str, value: str) -> None:
+        if "://" in value:  # of an address, its password is the secret
+            with suppress(ValueError):
+                password = urlsplit(value).password or ""
+                self.recorder.secret(password, name)
+                self.recorder.secret(unquote(password), name)
+            return
+        for one in value.replace(",", " ").split():  # signing keys are a list
+            self.recorder.secret(one, name)
+
+    def _minted(self, token: Token, *_: object) -> None:
+        self.recorder.secret(token.value, "an access token")
+
+    # Programs
+
+    def _started(
+        self,
+        process: "subprocess.Popen[Any]",
+        _args: object,
+        named: dict[str, Any],
+        _result: object,
+    ) -> None:
+        self._environment(named.get("env") or {})
+        if _prints_secrets(process.args):
+            return
+        for target in (named.get("stdout"), named.get("stderr")):
+            path = getattr(target, "name", None)
+            if isinstance(path, str) and Path(path).is_file():
+                file = Path(path).open("rb")  # noqa: SIM115  # until it has ended
+                self._outputs.append(Output(process, where(), file))
+
+    def _environment(self, environ: Mapping[str, str]) -> None:
+        for setting in SECRETS:
+            name = variable(setting)
+            self._setting(name, environ.get(name, ""))
+            path = Path(environ.get(f"{name}_FILE") or "/nonexistent")
+            with suppress(OSError, UnicodeDecodeError):
+                if path.is_file():  # and no pipe or device, which a look would use up
+                    self._setting(name, path.read_text())
+
+    def _communicated(
+        self,
+        process: "subprocess.Popen[Any]",
+        _args: object,
+        _named: object,
+        result: tuple[str | bytes | None, str | bytes | None],
+    ) -> None:
+        out, err = result
+        if not _prints_secrets(process.args):
+            self.recorder.hear(Kind.OUTPUT, where(), out or "")
+        self.recorder.hear(Kind.OUTPUT, where(), err or "")
+
+    def look(self) -> None:
+        """Read on what programs have written meanwhile."""
+        for output in self._outputs:
+            fresh = output.file.read()
+            if fresh:
+                said = output.tail + fresh
+                self.recorder.hear(Kind.OUTPUT, output.where, said)
+                output.tail = said[-OVERLAP:]
+            if output.process.returncode is not None:
+                output.file.close()
+        self._outputs = [o for o in self._outputs if not o.file.closed]
+
+    # Answers
+
+    def _fake(self, running: RunningSandbox, *_: object) -> None:
+        self._fakes.add(urlsplit(running.url).port or 0)
+
+    def _httpx(
+        self, _: object, args: tuple[httpx.Request], _named: object, got: httpx.Response
+    ) -> None:
+        request = args[0]
+        if not got.is_closed or not self._is_ours(request.url.port, request.headers):
+            return
+        with suppress(httpx.RequestNotRead):
+            own = self._request(str(request.url), request.headers, request.content)
+            head = b"\n".join(b"%b: %b" % pair for pair in got.headers.raw)
+            self._answer(got.status_code, request.url.path, head, got.content, own)
+
+    def _asked(
+        self,
+        _: object,
+        _args: object,
+        named: dict[str, Any],
+        got: aiohttp.ClientResponse,
+    ) -> None:
+        data = named.get("data")
+        raw = data.encode() if isinstance(data, str) else data
+        body = raw if isinstance(raw, bytes) else b""
+        info = got.request_info
+        if self._is_ours(info.url.port, info.headers):
+            self._sent[got] = self._request(str(info.url), info.headers, body)
+
+    def _read(
+        self, got: aiohttp.ClientResponse, _args: object, _named: object, body: bytes
+    ) -> None:
+        own = self._sent.pop(got, None)
+        if own is not None:
+            head = b"\n".join(b"%b: %b" % pair for pair in got.raw_headers)
+            self._answer(got.status, got.url.path, head, body, own)
+
+    def _is_ours(self, port: int | None, headers: Mapping[str, str]) -> bool:
+        """Whether the relay is asked, and is not the one who asks."""
+        by_relay = headers.get("user-agent", "").startswith("voucherify-relay/")
+        return port not in self._fakes and not by_relay
+
+    def _request(self, url: str, headers: Mapping[str, str], body: bytes) -> bytes:
+        self.recorder.secret(headers.get("relay-token", ""), "a token")
+        lines = "\n".join(f"{name}: {value}" for name, value in headers.items())
+        return self.recorder.sent(where(), body, f"{url}\n{lines}")
+
+    def _answer(
+        self, status: int, path: str, head: bytes, body: bytes, own: bytes
+    ) -> None:
+        if path == "/tokens" and status == 200:
+            body = b""  # the one answer that is a secret, for who asked for it
+        at = f"{where()}: {status} from {path}"
+        self.recorder.hear(Kind.ANSWER, at, head + b"\n\n" + body, own)
+
+    def raw(self, said: bytes) -> None:
+        """Hear an answer that a test has read from its socket by itself."""
+        self.recorder.hear(Kind.ANSWER, where(), said)
+
+    # Within the tests
+
+    def _captured(
+        self, _: object, _args: object, _named: object, got: tuple[str | bytes, ...]
+    ) -> None:
+        for said in got:
+            self.recorder.hear(Kind.LOG, where(), said)
+
+    def _structured(
+        self, _: object, args: tuple[Any, ...], _named: object, _result: object
+    ) -> None:
+        self.recorder.hear(Kind.LOG, where(), repr(args[1:]))
+
+    def _raised(self, error: Exception, *_: object) -> None:
+        self.recorder.hear(Kind.ERROR, f"{where()}: {type(error)}", str(error))
+
+    # Redis
+
+    def keys(self, url: str, prefix: str) -> None:
+        """Hear what a test has left in Redis under its prefix, and remove it."""
+        with (
+            suppress(redis.RedisError),  # a test may have stopped or broken it
+            redis.Redis.from_url(url, socket_timeout=2) as server,
+        ):
+            for key in list(server.scan_iter(match=f"{prefix}*", count=1000)):
+                self._key(server, key)
+                server.unlink(key)
+
+    def _key(self, server: "redis.Redis", key: bytes) -> None:
+        at = f"{where()}: {key.decode()}"
+        self.recorder.hear(Kind.METRIC, at, key)
+        name = key.rpartition(b"}:")[2].decode()
+        if re.fullmatch(r"oauth:\w+", name):  # where all relays find the access token
+            return
+        holds_events = re.fullmatch(r"(q:\w+|delayed|dead|wait:.*:outcome)", name)
+        kind = Kind.EVENT if holds_events else Kind.METRIC
+        self.recorder.hear(kind, at, repr(_content(server, key)))
+
+    def report(self, report: pytest.TestReport) -> None:
+        """Hear what a test that has ended left in pytest's own capture."""
+        if report.when == "teardown":  # has the sections of setup and call, too
+            for _, said in report.sections:
+                self.recorder.hear(Kind.LOG, report.nodeid, said)
+            self.look()
+
+
+def _content(server: "redis.Redis", key: bytes) -> object:
+    match server.type(key):
+        case b"hash":
+            return server.hgetall(key)
+        case b"zset":
+            return server.zrange(key, 0, EVENTS, withscores=True)
+        case b"list":
+            return server.lrange(key, 0, -1)
+        case b"set":
+            return server.smembers(key)
+        case b"stream":
+            return server.xrange(key, count=EVENTS)
+        case _:
+            return server.get(key)
+
+
+def _prints_secrets(command: object) -> bool:
+    """Whether this is a command of the relay that prints what it is asked to make."""
+    words = [str(w) for w in command] if isinstance(command, list | tuple) else []
+    return any(
+        Path(program).name == "relay" and made in PRINTS_SECRETS
+        for program, made in pairwise(words)
+    )
+
+
+def of_session() -> Listener:
+    """The one that listens to this run of the suite."""
+    return _SESSION
+
+
+_SESSION = Listener(Recorder())
