@@ -23,14 +23,16 @@ import aiohttp
 import httpx
 import pytest
 import redis
+import structlog
 from pydantic import SecretStr
+from structlog.dev import ConsoleRenderer, plain_traceback
 from structlog.testing import LogCapture
 
 from relay.errors import RelayError
 from relay.events import Refused
 from relay.sandbox.oauth import Token
 from relay.sandbox.server import RunningSandbox
-from relay.settings import SECRETS, variable
+from relay.settings import SECRETS, Settings, variable
 from relay.signing import InvalidClaim, TokenRefused
 from tests.leaks import Kind, Recorder
 
@@ -39,6 +41,13 @@ EVENTS = 200  # of each stream; one piece of code makes them all
 
 # These print what they are asked to make, or keys that open nothing but a sandbox.
 PRINTS_SECRETS = frozenset({"keygen", "token", "sandbox"})
+
+# The documents show these, and so do errors: whoever sets one has set no secret.
+EXAMPLES = frozenset(
+    str(example)
+    for setting in Settings.model_fields.values()
+    for example in setting.examples or ()
+)
 
 # What passed: the object, the arguments after it, the named ones, and the result.
 Told = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None]
@@ -95,6 +104,7 @@ class Listener:
 
     def listen(self) -> None:
         """Begin; once in a session."""
+        _log_as_relay_does()
         listening(SecretStr, "__init__", self._configured)
         listening(Token, "__init__", self._minted)
         listening(RunningSandbox, "__init__", self._fake)
@@ -124,7 +134,8 @@ class Listener:
                 self.recorder.secret(unquote(password), name)
             return
         for one in value.replace(",", " ").split():  # signing keys are a list
-            self.recorder.secret(one, name)
+            if one not in EXAMPLES:
+                self.recorder.secret(one, name)
 
     def _minted(self, token: Token, *_: object) -> None:
         self.recorder.secret(token.value, "an access token")
@@ -284,6 +295,13 @@ class Listener:
             for _, said in report.sections:
                 self.recorder.hear(Kind.LOG, report.nodeid, said)
             self.look()
+
+
+def _log_as_relay_does() -> None:
+    """Leave out the locals of a traceback, which structlog by itself would show."""
+    *processors, _ = structlog.get_config()["processors"]
+    last = ConsoleRenderer(colors=False, exception_formatter=plain_traceback)
+    structlog.configure(processors=[*processors, last])
 
 
 def _content(server: "redis.Redis", key: bytes) -> object:

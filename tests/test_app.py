@@ -19,7 +19,7 @@ from tests.support import eventually, serve
 pytestmark = pytest.mark.anyio
 
 SHOP = "https://shop.example"
-EVENT = {"event": "e", "customer": {"source_id": "a"}, "id": "x-1"}
+EVENT = {"event": "e", "customer": {"source_id": "customer-1a"}, "id": "x-1"}
 NOWHERE = "redis://127.0.0.1:9/0"  # the discard port: nothing listens there
 
 Start = Callable[..., Awaitable[httpx.AsyncClient]]
@@ -189,7 +189,7 @@ def assert_event_object(response: httpx.Response) -> None:
     assert response.status_code == 200, response.text
     said = response.json()
     assert (said["object"], said["type"]) == ("event", "e")
-    assert said["customer"] == {"object": "customer", "source_id": "a"}
+    assert said["customer"] == {"object": "customer", "source_id": "customer-1a"}
     assert response.headers["access-control-allow-origin"] == SHOP
 
 

@@ -29,7 +29,7 @@ from tests.support import eventually, serve
 pytestmark = pytest.mark.anyio
 
 SHOP = "https://shop.example"
-EVENT = {"event": "e", "customer": {"source_id": "a"}}
+EVENT = {"event": "e", "customer": {"source_id": "customer-1a"}}
 # Nothing listens there: port 9 (discard) of this machine.
 # As in production: uvicorn itself would believe the header of any local peer.
 SERVER: dict[str, object] = {"lifespan": "off", "proxy_headers": False}

@@ -182,7 +182,8 @@ def beacon(
             "event": name,
             "id": f"id-{n}",
             "customer": {"source_id": customer},
-            "metadata": {"n": str(n)},
+            # A text that belongs to this event's sender alone: tests/leaks.py.
+            "metadata": {"n": str(n), "note": f"note-{n}-of-{customer}"},
             **parts,
         }
     )

@@ -19,7 +19,7 @@ REFUSED = '[defaults]\nunlisted = "reject"\n[events.other]\n'
 TAKEN = "[events.e]\n"
 
 
-def token(key: str, source_id: str = "u1", **claims: object) -> str:
+def token(key: str, source_id: str = "customer-u1", **claims: object) -> str:
     made, _ = Signer([key]).sign(source_id=source_id, now=time.time(), **claims)  # type: ignore[arg-type]
     return made
 
@@ -37,7 +37,11 @@ async def post(
 
 
 def event(n: int | str, **parts: object) -> dict[str, object]:
-    made = {"event": "e", "customer": {"source_id": "u1"}, "metadata": {"n": str(n)}}
+    made = {
+        "event": "e",
+        "customer": {"source_id": "customer-u1"},
+        "metadata": {"n": str(n)},
+    }
     return made | parts
 
 
