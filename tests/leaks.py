@@ -76,7 +76,8 @@ class Recorder:
     def secret(self, value: str, name: str) -> None:
         """Know a secret; `name` is what a finding calls it."""
         value = value.strip()
-        plain = value.isalpha() and value.islower()  # a word, which may be anywhere
+        # Words, which may be anywhere: "no token" is in an error, too.
+        plain = value.replace(" ", "").isalpha() and value.islower()
         if MIN_SECRET <= len(value) <= MAX_VALUE and not plain:
             self.secrets.setdefault(value, name)
 

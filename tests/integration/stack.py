@@ -134,7 +134,8 @@ async def stack(
     budget: str = "off",
     **settings: str,
 ) -> AsyncIterator[Stack]:
-    config = sandbox or SandboxConfig(client_limit=None)
+    # More than any test sends, so that what has arrived can be counted at its end.
+    config = sandbox or SandboxConfig(client_limit=None, keep_requests=1_000_000)
     async with serve_sandbox(config) as running:
         queue = Queue(
             url=redis_url, prefix=prefix, budget=parse_budget(budget), timeout=5.0
