@@ -31,7 +31,7 @@ from structlog.testing import LogCapture
 from relay.errors import RelayError
 from relay.events import Refused
 from relay.sandbox.oauth import Token
-from relay.sandbox.server import RunningSandbox
+from relay.sandbox.server import SandboxServer
 from relay.settings import SECRETS, Settings, variable
 from relay.signing import InvalidClaim, TokenRefused
 from tests.leaks import Kind, Recorder
@@ -65,8 +65,11 @@ def listening(owner: type, name: str, told: Told, *, before: bool = False) -> No
 
         @wraps(method)
         async def heard(it: object, *args: object, **named: object) -> object:
+            if before:
+                told(it, args, named, None)
             result = await method(it, *args, **named)
-            told(it, args, named, result)
+            if not before:
+                told(it, args, named, result)
             return result
 
     else:
@@ -98,8 +101,8 @@ class Listener:
     """Knows where to listen, and tells the recorder."""
 
     recorder: Recorder
+    fakes: set[int] = field(default_factory=set)  # ports of sandboxes
     _outputs: list[Output] = field(default_factory=list)
-    _fakes: set[int] = field(default_factory=set)  # ports of sandboxes
     _sent: WeakKeyDictionary[object, bytes] = field(default_factory=WeakKeyDictionary)
 
     def listen(self) -> None:
@@ -107,7 +110,8 @@ class Listener:
         _log_as_relay_does()
         listening(SecretStr, "__init__", self._configured)
         listening(Token, "__init__", self._minted)
-        listening(RunningSandbox, "__init__", self._fake)
+        listening(SandboxServer, "startup", self._fake)
+        listening(SandboxServer, "shutdown", self._no_fake, before=True)
         listening(subprocess.Popen, "__init__", self._started)
         listening(subprocess.Popen, "communicate", self._communicated)
         listening(pytest.CaptureFixture, "readouterr", self._captured)
@@ -193,13 +197,16 @@ class Listener:
 
     # Answers
 
-    def _fake(self, running: RunningSandbox, *_: object) -> None:
-        self._fakes.add(urlsplit(running.url).port or 0)
+    def _fake(self, server: SandboxServer, *_: object) -> None:
+        self.fakes |= _ports(server)
+
+    def _no_fake(self, server: SandboxServer, *_: object) -> None:
+        self.fakes -= _ports(server)  # the next there may be a relay
 
     def _httpx(
-        self, _: object, args: tuple[httpx.Request], _named: object, got: httpx.Response
+        self, _: object, _args: object, _named: object, got: httpx.Response
     ) -> None:
-        request = args[0]
+        request = got.request
         if not got.is_closed or not self._is_ours(request.url.port, request.headers):
             return
         with suppress(httpx.RequestNotRead):
@@ -232,7 +239,7 @@ class Listener:
     def _is_ours(self, port: int | None, headers: Mapping[str, str]) -> bool:
         """Whether the relay is asked, and is not the one who asks."""
         by_relay = headers.get("user-agent", "").startswith("voucherify-relay/")
-        return port not in self._fakes and not by_relay
+        return port not in self.fakes and not by_relay
 
     def _request(self, url: str, headers: Mapping[str, str], body: bytes) -> bytes:
         self.recorder.secret(headers.get("relay-token", ""), "a token")
@@ -295,6 +302,11 @@ class Listener:
             for _, said in report.sections:
                 self.recorder.hear(Kind.LOG, report.nodeid, said)
             self.look()
+
+
+def _ports(server: SandboxServer) -> set[int]:
+    sockets = [sock for each in server.servers for sock in each.sockets]
+    return {sock.getsockname()[1] for sock in sockets}
 
 
 def _log_as_relay_does() -> None:

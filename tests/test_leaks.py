@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, cast
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import aiohttp
 import httpx
@@ -179,6 +179,9 @@ async def test_a_sandbox_and_what_the_relay_itself_asks_are_not_heard(
 ) -> None:
     async with serve_sandbox() as running, httpx.AsyncClient() as session:
         await session.get(running.url)
+        port = urlsplit(running.url).port
+        assert port in of_session().fakes
+    assert port not in of_session().fakes  # the next one there may be a relay
     agent = {"user-agent": "voucherify-relay/1"}
     async with (
         serve(cast("ASGIApplication", Starlette())) as url,
