@@ -5,7 +5,7 @@ BIN := .venv/bin
 RUN := .venv/.run-$(shell cat requirements/run.txt pyproject.toml | cksum | cut -d' ' -f1)
 DEV := .venv/.dev-$(shell cat requirements/dev.txt pyproject.toml | cksum | cut -d' ' -f1)
 
-.PHONY: demo test check format clean
+.PHONY: demo test check format snippet snippet-package snippet-table clean
 
 demo: $(RUN)  ## the whole relay on this machine, with a fake Voucherify
 	@$(BIN)/python -m relay demo
@@ -23,8 +23,18 @@ format: $(DEV)
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
+snippet:  ## build relay/static/relay.js from snippet/; needs Node 20
+	@cd snippet && npm ci --silent && npm run --silent build && npm run --silent check && npm test --silent
+
+snippet-package:  ## what npm gets, as a tarball in snippet/; needs Node 20
+	@cd snippet && npm ci --silent && npm pack --ignore-scripts=false
+
+snippet-table: $(DEV)  ## every way into a page with every way out, into docs/snippet.md
+	@EVERY_CELL=1 $(BIN)/pytest -rP tests/browser/test_snippet_exits.py -k "table or arrives"
+
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis tests/sdk/node_modules
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf tests/*/node_modules tests/recipes/dist snippet/node_modules snippet/dist
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -87,6 +87,10 @@ class Admission:
         """Count something that is no outcome, in the minute and the hour."""
         self._refused["", field, ""] += 1
 
+    def note_browser(self, field: str, n: int) -> None:
+        """Count what a snippet reported, in the day: `<family>:<kind>`."""
+        self._refused["browser", field, ""] += n
+
     def submit(self, request: Request) -> asyncio.Future[Reply]:
         """Queue a request's events; the future gives the result or `QueueUnavailable`.
 

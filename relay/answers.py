@@ -42,6 +42,7 @@ class Response:
     body: bytes = b""
     refusals: list[Refusal] = field(default_factory=list)
     notes: Sequence[str] = ()
+    browser: Sequence[tuple[str, int]] = ()  # what the snippet reported
 
 
 # What an answer says of one event: id, status, and why not.
@@ -85,11 +86,15 @@ class Beacons:
     request_headers = b"content-type, content-encoding, prefer, relay-token"
     batches = True
 
+    def __init__(self, *, disabled: bool = False) -> None:
+        # The snippet stops when it reads this, until its page is loaded again.
+        self._more: dict[str, object] = {"disabled": True} if disabled else {}
+
     def accept(
         self, entries: Sequence[Entry], event: Event | None
     ) -> tuple[int, Header, bytes]:
         del event
-        return 202, JSON, _json({"events": entries})
+        return 202, JSON, _json({"events": entries, **self._more})
 
     def refuse(
         self,
@@ -108,7 +113,7 @@ class Beacons:
             body["events"] = entries
         elif entries:
             body["id"] = entries[0]["id"]
-        return PROBLEM, _json(body)
+        return PROBLEM, _json({**body, **self._more})
 
 
 class Official:

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 
 import structlog
@@ -12,6 +12,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from relay.admission import Admission
@@ -27,6 +28,7 @@ from relay.catalog import Catalog
 from relay.edge import Edge
 from relay.endpoints import Track
 from relay.errors import QueueUnavailable
+from relay.snippet import NAME, Script, pinned, present
 from relay.values import SDK_PATH
 
 LOOK_EVERY_S = 1.0  # at the catalogue's file
@@ -43,7 +45,8 @@ class App:
         self._station = station
         self._admission = Admission(station.queue)
         self._file = make_catalog(settings, catalog_text)
-        beacons, official = self._edge(Beacons()), self._edge(Official())
+        beacons = self._edge(Beacons(disabled=settings.snippet == "off"))
+        official = self._edge(Official())
         self._edges = (beacons, official)
         self._track, sdk = self._route(beacons), self._route(official)
         self._tracks = (self._track, sdk)
@@ -56,6 +59,10 @@ class App:
             f"/{prefix}{SDK_PATH}": sdk,
         }
         self._rest = Starlette(
+            routes=[
+                Route(f"{prefix}/{name}", self._script(script, pinned=name != NAME))
+                for name, script in {NAME: present(), **pinned()}.items()
+            ],
             lifespan=self._lifespan,
             exception_handlers={HTTPException: self._http_error},
         )
@@ -79,6 +86,31 @@ class App:
             outcomes=self._station.queue,
             limits=self._station.settings.limits,
         )
+
+    def _script(
+        self, script: Script, *, pinned: bool
+    ) -> Callable[[Request], Awaitable[Response]]:
+        """The route of one version of the snippet."""
+
+        async def serve(request: Request) -> Response:
+            asked = request.headers
+            status, headers, body = script.answer(
+                asked.get("accept-encoding", "").encode("latin-1"),
+                asked.get("if-none-match", "").encode("latin-1"),
+                pinned=pinned,
+            )
+            request_id = self._edges[0].request_id(
+                asked.get("x-request-id", "").encode("latin-1"),
+                request.client.host if request.client else None,
+            )
+            response = Response(body, status)
+            response.raw_headers = [*headers, (b"x-request-id", request_id)]
+            if status != 304:
+                length = (b"content-length", b"%d" % len(body))
+                response.raw_headers.append(length)
+            return response
+
+        return serve
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         route = self._routes.get(scope["path"]) if scope["type"] == "http" else None

@@ -28,6 +28,8 @@ from relay.outcomes import CURES
 from relay.settings import Role, Settings, load_settings
 
 if TYPE_CHECKING:  # all of it takes a second to import
+    from rich.table import Table
+
     from relay.catalog import Catalog
     from relay.queue import Queue
 
@@ -303,6 +305,51 @@ async def _erase(
 
 
 @app.command()
+def snippet(
+    url: Annotated[
+        str,
+        typer.Argument(
+            help="Where pages see the relay, as https://events.shop.example; default: "
+            "the page's own host."
+        ),
+    ] = "",
+    *,
+    no_pin: Annotated[
+        bool, typer.Option("--no-pin", help="Always the present version, unchecked.")
+    ] = False,
+    consent: Annotated[
+        bool,
+        typer.Option("--consent", help="Keep and send nothing before consent."),
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Explain every event on the console.")
+    ] = False,
+) -> None:
+    """Print the lines that a page needs to send events: docs/snippet.md."""
+    from relay.origins import parse_origin_pattern
+    from relay.snippet import tag
+
+    settings = _settings(Role.READ)
+    try:
+        base = parse_origin_pattern(url.removesuffix("/")) if url else ""
+        if "*" in base:
+            raise ValueError("one host, no pattern")
+    except ValueError as error:
+        raise typer.BadParameter(f"{error}: write it like https://host.") from None
+    options = {"consent": "required"} if consent else {}
+    options |= {"debug": ""} if debug else {}
+    track = settings.track_path.removeprefix("/")
+    typer.echo(
+        tag(
+            base=base + settings.path_prefix,
+            track=track,
+            pin=not no_pin,
+            options=options,
+        )
+    )
+
+
+@app.command()
 def token(
     source_id: Annotated[str, typer.Argument(help="Whose token it is.")],
     event: Annotated[
@@ -528,6 +575,27 @@ def _show(shown: dict[str, object]) -> None:
         for name, value in values.items():
             table.add_row(name, "" if value is None else str(value))
         console.print(table)
+    browser = shown["browser"]
+    assert isinstance(browser, dict)  # noqa: S101  # likewise
+    for day, families in browser.items():
+        if families:
+            console.print(_browsers(day, families))
+
+
+def _browsers(day: str, families: dict[str, dict[str, int]]) -> "Table":
+    """What snippets reported on a day: how many events have not left each browser."""
+    from rich.table import Table
+
+    from relay.browsers import KINDS
+
+    table = Table(title=f"browsers, {day}", title_justify="left")
+    table.add_column("family", style="cyan")
+    kinds = (KINDS[0], "arrived", *KINDS[1:])
+    for kind in kinds:
+        table.add_column(kind, justify="right")
+    for name, counts in families.items():
+        table.add_row(name, *(str(counts.get(kind, 0)) for kind in kinds))
+    return table
 
 
 # What `relay forget` counts, in words.

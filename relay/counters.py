@@ -23,11 +23,12 @@ GAUGES = (
 )
 
 
-async def stats(queue: Queue, *, minutes: int = 5) -> dict[str, object]:
+async def stats(queue: Queue, *, minutes: int = 5, days: int = 2) -> dict[str, object]:
     """Totals since ever, the gauges, the hold if there is one, and the last minutes.
 
-    `{"totals": {…}, "gauges": {…}, "hold": {…} | null, "minutes": {"<stamp>": {…}}}`,
-    counts as numbers, times in the unit of the field's name.
+    `{"totals": {…}, "gauges": {…}, "hold": {…} | null, "minutes": {"<stamp>": {…}},
+    "browser": {"<day>": {"<family>": {…}}}}`, counts as numbers, times in the unit of
+    the field's name.
     """
     totals = await queue.hash("totals")
     gauges = await queue.hash("gauges")
@@ -48,7 +49,20 @@ async def stats(queue: Queue, *, minutes: int = 5) -> dict[str, object]:
             }
             for stamp in last
         },
+        "browser": {
+            day: _by_family(await queue.hash(f"browser:{day}"))
+            for day in (f"{now - timedelta(days=n):%Y%m%d}" for n in range(days))
+        },
     }
+
+
+def _by_family(fields: dict[str, str]) -> dict[str, dict[str, int]]:
+    """What snippets reported: families, the one with the most events first."""
+    families: dict[str, dict[str, int]] = {}
+    for field, value in fields.items():
+        family, _, kind = field.partition(":")
+        families.setdefault(family, {})[kind] = int(value)
+    return dict(sorted(families.items(), key=lambda item: -item[1].get("called", 0)))
 
 
 def _hold(flow: dict[str, str]) -> dict[str, object] | None:

@@ -16,6 +16,7 @@ from secrets import token_hex
 
 from relay.addresses import TrustedProxies, address_key, client_address
 from relay.answers import DONE, STATUS, Beacons, Dialect, Entry, Header, Response
+from relay.browsers import counts, read_report
 from relay.digests import Digests
 from relay.events import Event, Invalid, Refused, read_body, read_event, upstream_body
 from relay.limits import Limit, policy_header
@@ -69,6 +70,7 @@ class Head:
     gzip: bool
     length: int  # as announced, -1 when it is not
     wait_s: int  # Prefer: wait
+    agent: bytes = b""  # User-Agent
 
 
 @dataclass(slots=True)
@@ -80,6 +82,7 @@ class Admitted:
     refused: dict[int, Refused]  # by the place in the sender's body
     several: bool
     said: Event | None = None  # the last one, for answers that repeat it
+    report: dict[str, int] | None = None  # the snippet's
 
     @property
     def request(self) -> tuple[str, list[Queueable]]:
@@ -123,6 +126,7 @@ class Edge:
         """Judge a request by its headers; the body is not needed for a refusal."""
         origin = content_type = encoding = length = prefer = asked_id = None
         token = gpc = None
+        agent = b""
         forwarded: list[bytes] = []
         for name, value in headers:
             if name == b"origin":
@@ -143,7 +147,9 @@ class Edge:
                 token = value
             elif name == b"sec-gpc":
                 gpc = value
-        request_id = self._request_id(asked_id, peer)
+            elif name == b"user-agent":
+                agent = value
+        request_id = self.request_id(asked_id, peer)
         allowed = self._allow_no_origin if origin is None else self._allows(origin)
         cors = self._cors(origin if allowed else None)
         if method == "OPTIONS":
@@ -206,6 +212,7 @@ class Edge:
             gzip=_CODINGS[coding],
             length=announced,
             wait_s=min(int(wanted[1][:9]), MAX_WAIT_S) if wanted else 0,
+            agent=agent,
         )
         if forwarded and not self._proxies.trusts(peer):
             head.sender.notes.append("untrusted_proxy")
@@ -214,7 +221,7 @@ class Edge:
     def _allows(self, origin: bytes) -> bool:
         return self._origins.allows(origin.decode("latin-1"))
 
-    def _request_id(self, asked: bytes | None, peer: str | None) -> bytes:
+    def request_id(self, asked: bytes | None, peer: str | None) -> bytes:
         """A trusted proxy's own id, so that its log and ours can be joined."""
         if (
             asked is not None
@@ -280,6 +287,8 @@ class Edge:
         if read.token is not None:
             head.sender.token = read.token
         admitted = Admitted(head, [], {}, read.several)
+        if read.report is not None:
+            admitted.report = read_report(read.report)
         for place, raw in enumerate(read.events):
             try:
                 admitted.said = event = read_event(raw)
@@ -345,13 +354,17 @@ class Edge:
             kind, body = self._all_refused(admitted, worst, entries)
             if worst == 401:
                 extra.append(_CHALLENGE)
-        return Response(
+        response = Response(
             status,
             [*head.cors, *extra, kind, (b"x-request-id", head.request_id)],
             body,
             [(r.outcome, r.reason, r.name) for r in admitted.refused.values()],
             head.sender.notes,
         )
+        if admitted.report is not None:
+            statuses = [str(entry["status"]) for entry in entries]
+            response.browser = counts(head.agent, admitted.report, statuses)
+        return response
 
     def unavailable(
         self, admitted: Admitted, reason: str, detail: str, retry_after: int
@@ -410,7 +423,7 @@ class Edge:
                 asked = value
         allowed = len(origins) == 1 and self._allows(origins[0])
         return self._document(
-            self._request_id(asked, peer),
+            self.request_id(asked, peer),
             self._cors(origins[0] if allowed else None),
             status,
             {404: "path", 405: "method"}.get(status, "refused"),

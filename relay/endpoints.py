@@ -128,6 +128,8 @@ class Track:
             self._admission.refuse(*refusal)
         for note in response.notes:
             self._admission.note(note)
+        for field, n in response.browser:
+            self._admission.note_browser(field, n)
         headers = response.headers
         if response.status != 204:  # which has no such field: RFC 9110, 8.6
             headers.append((b"content-length", b"%d" % len(response.body)))

@@ -96,6 +96,7 @@ class Batch(Struct, forbid_unknown_fields=True):
 
     events: list[Raw]
     token: str | None = None
+    report: Raw = Raw()  # the snippet's, of the way out of the browser; may be anything
 
 
 class Refused(Exception):
@@ -126,6 +127,7 @@ class Body:
     events: list[Raw] | list[bytes]
     token: str | None = None
     several: bool = True  # as the sender wrote it: batch or array, not one event
+    report: bytes | None = None
 
 
 _decode_event = msgspec.json.Decoder(Event).decode
@@ -139,11 +141,11 @@ def read_body(body: bytes) -> Body:
     """Find the events in a request body. Raises `Invalid` for the body as a whole."""
     start = body.lstrip(b" \t\r\n")[:1]
     if start == b"[":
-        return _several(_array(body), None)
+        return _several(_array(body), None, None)
     # A single event is by far the most frequent; `"events"` may stand in its
     # metadata, so the word alone decides nothing.
     if start == b"{" and b'"events"' in body and (batch := _batch(body)) is not None:
-        return _several(batch.events, batch.token)
+        return _several(batch.events, batch.token, bytes(batch.report) or None)
     return Body(events=[body], several=False)
 
 
@@ -187,7 +189,7 @@ def upstream_body(event: Event, customer: Customer) -> bytes:
     )
 
 
-def _several(events: list[Raw], token: str | None) -> Body:
+def _several(events: list[Raw], token: str | None, report: bytes | None) -> Body:
     if not events:
         raise Invalid("empty_batch", "The batch is empty: send at least one event.")
     if len(events) > MAX_EVENTS:
@@ -196,7 +198,7 @@ def _several(events: list[Raw], token: str | None) -> Body:
             f"A body carries at most {MAX_EVENTS} events, this one {len(events)}: "
             "send several requests.",
         )
-    return Body(events=events, token=token)
+    return Body(events=events, token=token, report=report)
 
 
 def _array(body: bytes) -> list[Raw]:

@@ -52,6 +52,7 @@ from relay.values import (
     Scope,
     SigningKeys,
     Socket,
+    Switch,
     Tokens,
     TrackPath,
     UpstreamApi,
@@ -233,6 +234,12 @@ class Settings(BaseSettings):
         "ignore",
         "strip",
         "What `Sec-GPC: 1` does: `ignore`, `strip` metadata and profile, `drop`.",
+    )
+
+    snippet: Switch = _setting(
+        "on",
+        "off",
+        "`off` stops the snippet in every page at its next answer.",
     )
 
     # Storage.

@@ -294,6 +294,7 @@ Gpc = Annotated[
     Literal["ignore", "strip", "drop"],
     PlainValidator(_one_of("ignore", "strip", "drop")),
 ]
+Switch = Annotated[Literal["on", "off"], PlainValidator(_one_of("on", "off"))]
 File = Annotated[Path | None, PlainValidator(_file)]
 UpstreamApi = Annotated[
     Literal["client", "server"], PlainValidator(_one_of("client", "server"))

@@ -1,74 +1,21 @@
-"""Voucherify's own JavaScript clients, as npm ships them.
+"""Voucherify's own JavaScript clients, as npm ships them."""
 
-`installed()` puts what `tests/sdk/package-lock.json` names into
-`tests/sdk/node_modules`, once for a lock: hashes are checked, no package runs a
-script. Where that fails, tests are skipped, or fail where none may be skipped.
-"""
-
-import fcntl
-import hashlib
-import os
-import subprocess
 import time
-from functools import cache
 from pathlib import Path
-
-import pytest
 
 from relay.sandbox.record import Record
 from relay.signing import Signer
+from tests import npm
 from tests.integration.stack import ORIGIN, Stack
-from tests.programs import needs
 
 SDK = Path(__file__).parent / "sdk"
 SIGNING_KEY = "a-key-of-the-tests-and-of-nothing-else"
-NEEDS = [*needs("node", package="nodejs"), *needs("npm", package="npm")]
-
-INSTALL = (
-    *("npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"),
-    "--prefer-offline",  # a package is its hash, wherever it comes from
-    # npm's own patience with a registry that does not answer is minutes.
-    *("--fetch-retries=1", "--fetch-retry-mintimeout=1000"),
-)
-INSTALL_WITHIN_S = 90.0
+NEEDS = npm.NEEDS
 
 
 def installed() -> Path:
     """The directory with the pages, the scripts and `node_modules`."""
-    if fault := _install():
-        if os.environ.get("TESTS_MUST_NOT_SKIP"):
-            pytest.fail(f"npm could not install tests/sdk:\n{fault}", pytrace=False)
-        why = fault.partition("\n")[0]
-        pytest.skip(f"needs the packages of tests/sdk, but npm said: {why}")
-    return SDK
-
-
-@cache
-def _install() -> str:
-    """What went wrong, or nothing; npm is asked once in a session."""
-    lock = SDK / "package-lock.json"
-    digest = hashlib.sha256(lock.read_bytes()).hexdigest()
-    stamp = SDK / "node_modules" / f".installed-{digest[:16]}"
-    with lock.open("rb") as guard:
-        fcntl.flock(guard, fcntl.LOCK_EX)  # two sessions may begin at once
-        if stamp.exists():
-            return ""
-        try:
-            npm = subprocess.run(
-                INSTALL,
-                cwd=SDK,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=INSTALL_WITHIN_S,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            return f"nothing within {INSTALL_WITHIN_S:g} s"
-        if npm.returncode != 0:
-            return npm.stderr.strip() or f"exit code {npm.returncode}"
-        stamp.touch()
-    return ""
+    return npm.installed(SDK)
 
 
 def token(source_id: str) -> str:

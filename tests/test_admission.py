@@ -147,6 +147,20 @@ async def test_refusals_are_counted_without_any_event(bench: Bench) -> None:
         await eventually(counted)
 
 
+async def test_what_browsers_report_is_counted_by_the_day(bench: Bench) -> None:
+    before = await bench.queue.now()
+    async with started(Line(bench.queue)) as admission:
+        for _ in range(3):
+            admission.note_browser("chrome:called", 2)
+        admission.note_browser("safari:full", 1)
+    days = {f"browser:{now:%Y%m%d}" for now in (before, await bench.queue.now())}
+    told = [await bench.queue.hash(day) for day in days]
+    assert {"chrome:called": "6", "safari:full": "1"} in told
+    assert await bench.totals() == {}  # no events, and no outcomes
+    [key] = await bench.client.keys(f"{bench.queue.prefix}:browser:*")
+    assert 399 < await bench.client.ttl(key) / 86_400 <= 400
+
+
 async def test_a_stop_keeps_what_was_still_to_be_counted(bench: Bench) -> None:
     line = Line(bench.queue)
     async with started(line) as admission:

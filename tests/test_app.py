@@ -14,6 +14,7 @@ from relay.app import App
 from relay.assembly import Station
 from relay.queue import Queue
 from relay.settings import Role, Settings, load_settings
+from relay.snippet import NAME, present
 from tests.support import eventually, serve
 
 pytestmark = pytest.mark.anyio
@@ -97,6 +98,66 @@ async def test_an_event_is_taken_on_its_path(
     assert response.json() == {"events": [{"id": "x-1", "status": "queued"}]}
     assert response.headers["ratelimit-policy"].startswith('"ip";q=60;w=30')
     assert await totals(valkey_url, prefix) == {"received": "1"}
+
+
+@pytest.mark.parametrize("prefix_path", ["", "/e"])
+async def test_the_snippet_is_served_in_every_version_that_is_pinned(
+    prefix_path: str, start: Start
+) -> None:
+    client = await start(**({"RELAY_PATH_PREFIX": prefix_path} if prefix_path else {}))
+    for name, age in ((NAME, "max-age=3600"), (present().name, "immutable")):
+        for coding in ("br", "gzip", "identity"):
+            response = await client.get(
+                f"{prefix_path}/{name}", headers={"accept-encoding": coding}
+            )
+            assert response.status_code == 200
+            assert response.headers.get("content-encoding", "identity") == coding
+            assert age in response.headers["cache-control"]
+            assert response.headers["x-request-id"]
+            if coding != "br":  # which the client does not undo
+                assert response.content == present().encodings["identity"]
+        again = await client.get(
+            f"{prefix_path}/{name}",
+            headers={
+                "accept-encoding": "identity",
+                "if-none-match": response.headers["etag"],
+            },
+        )
+        assert (again.status_code, again.content) == (304, b"")
+        head = await client.head(f"{prefix_path}/{name}")
+        assert (head.status_code, head.content) == (200, b"")
+        assert (await client.post(f"{prefix_path}/{name}")).status_code == 405
+    assert_nothing_here(await client.get(f"{prefix_path}/relay.{'0' * 16}.js"))
+
+
+async def test_a_report_of_a_browser_is_counted_by_its_family(
+    start: Start, valkey_url: str, prefix: str
+) -> None:
+    client = await start()
+    body = {"events": [EVENT], "report": {"called": 3, "offline": 2}}
+    answer = await client.post("/track", json=body, headers={"user-agent": "Edg/131"})
+    assert answer.status_code == 202
+
+    async def counted() -> bool:
+        queue = Queue(url=valkey_url, prefix=prefix)
+        try:
+            day = f"{await queue.now():%Y%m%d}"
+        finally:
+            await queue.aclose()
+        told = await look(valkey_url, prefix, f"browser:{day}")
+        return told == {"edge:called": "3", "edge:offline": "2", "edge:arrived": "1"}
+
+    await eventually(counted)
+
+
+async def test_the_snippet_can_be_switched_off_everywhere(start: Start) -> None:
+    client = await start(RELAY_SNIPPET="off")
+    taken = await client.post("/track", json=EVENT)
+    refused = await client.post("/track", json={"event": "e"})
+    assert (taken.status_code, taken.json()["disabled"]) == (202, True)
+    assert (refused.status_code, refused.json()["disabled"]) == (400, True)
+    sdk = await client.post("/client/v1/events", json=EVENT | {"id": "x-2"})
+    assert "disabled" not in sdk.json()
 
 
 async def test_a_query_does_not_change_the_path(start: Start) -> None:

@@ -18,13 +18,13 @@ LAYERS = [
     {"assembly"},
     {"settings"},  # above everything it configures: only the roots can read it
     {"values"},
-    {"endpoints", "ops", "counters", "reload", "erasure"},
+    {"endpoints", "ops", "counters", "reload", "erasure", "snippet"},
     {"admission", "forwarder"},
     {"queue", "voucherify", "embedded", "edge"},
     {"oauth", "policy"},
     {"grants", "answers", "typescript"},
     {"catalog", "signing", "transport", "verdicts"},
-    {"events", "limits", "origins", "retry", "digests", "toml_lines"},
+    {"events", "limits", "origins", "retry", "digests", "toml_lines", "browsers"},
     {"addresses"},
     {"errors", "outcomes", "logs", "findings"},
 ]
@@ -34,6 +34,7 @@ LEVEL = {name: depth for depth, row in enumerate(LAYERS) for name in row}
 PURE = {
     "addresses",
     "answers",
+    "browsers",
     "catalog",
     "digests",
     "edge",

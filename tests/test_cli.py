@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,14 @@ from redis import Redis
 
 from relay import __version__
 from relay.assembly import listen
+from relay.browsers import KINDS
 from relay.catalog import parse_catalog
 from relay.counters import GAUGES
 from relay.embedded import EmbeddedServer, running_url
 from relay.outcomes import Outcome
 from relay.settings import SECRETS, Settings, variable
 from relay.signing import Signer
+from relay.snippet import STUB, present
 from relay.typescript import declarations
 from tests.integration.stack import Sender, stack
 from tests.programs import RELAY
@@ -247,7 +250,7 @@ def test_stats_in_json_is_what_counters_gives(valkey_url: str, tmp_path: Path) -
         by_url = relay(tmp_path, "stats", "--json", redis_url=server.url)
     assert (by_directory.returncode, by_directory.stderr) == (0, "")
     shown = json.loads(by_directory.stdout)
-    assert list(shown) == ["totals", "gauges", "hold", "minutes"]
+    assert list(shown) == ["totals", "gauges", "hold", "minutes", "browser"]
     assert list(shown["totals"]) == ["received", *(str(o) for o in Outcome)]
     assert (shown["totals"]["received"], shown["totals"]["delivered"]) == (7, 3)
     assert list(shown["gauges"]) == list(GAUGES)
@@ -275,6 +278,66 @@ def test_stats_for_people_begins_with_what_holds_delivery_and_its_cure(
     )
     assert "compare RELAY_ORIGIN, and RELAY_CLIENT_TOKEN," in said
     assert "12345" in said
+
+
+def test_stats_for_people_shows_what_never_left_the_browser(
+    valkey_url: str, prefix: str, tmp_path: Path
+) -> None:
+    with Redis.from_url(valkey_url) as ask:
+        seconds, _ = ask.time()
+        day = f"{datetime.fromtimestamp(seconds, UTC):%Y%m%d}"
+        counted = {"chrome:called": 7301, "chrome:arrived": 7299, "chrome:full": 2}
+        ask.hset(f"{{{prefix}}}:browser:{day}", mapping=counted)
+    done = relay(tmp_path, "stats", redis_url=valkey_url, redis_prefix=prefix)
+    assert (done.returncode, done.stderr) == (0, "")
+    head, row = (
+        re.findall(rf"^.*\b{name}\b.*$", done.stdout, re.M)[0]
+        for name in ("family", "chrome")
+    )
+    cells = [re.findall(r"\w+", line) for line in (head, row)]
+    assert cells[0] == ["family", "called", "arrived", *KINDS[1:]]
+    assert cells[1] == ["chrome", "7301", "7299", "2", "0", "0", "0"]
+
+
+# The snippet
+
+
+def test_the_tag_is_for_the_pages_own_host_unless_another_is_named(
+    tmp_path: Path,
+) -> None:
+    script = present()
+    own = relay(tmp_path, "snippet")
+    assert (own.returncode, own.stderr) == (0, "")
+    stub, loader = own.stdout.splitlines()
+    assert stub == f"<script>{STUB}</script>"
+    assert loader == (
+        f'<script async src="/{script.name}" integrity="{script.integrity}" '
+        'crossorigin="anonymous"></script>'
+    )
+    other = relay(
+        tmp_path,
+        *(
+            "snippet",
+            "https://Events.Shop.example/",
+            "--no-pin",
+            "--consent",
+            "--debug",
+        ),
+        path_prefix="/e",
+        track_path="/cart",
+    )
+    assert other.stdout.splitlines()[1] == (
+        '<script async src="https://events.shop.example/e/relay.js" '
+        'data-url="https://events.shop.example/e/cart" data-consent="required" '
+        "data-debug></script>"
+    )
+
+
+@pytest.mark.parametrize("url", ["shop.example", "https://*.shop.example", "/x"])
+def test_a_tag_is_made_for_one_host_alone(url: str, tmp_path: Path) -> None:
+    done = relay(tmp_path, "snippet", url)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "https://" in done.stderr
 
 
 def test_stats_without_a_running_relay_says_where_it_looked(tmp_path: Path) -> None:

@@ -37,12 +37,14 @@ def numbers(shown: object) -> dict[str, int]:
 
 async def test_before_the_first_event_every_total_is_nought(bench: Bench) -> None:
     shown = await stats(bench.queue)
-    assert list(shown) == ["totals", "gauges", "hold", "minutes"]
+    assert list(shown) == ["totals", "gauges", "hold", "minutes", "browser"]
     assert shown["totals"] == dict.fromkeys(TOTALS, 0)
     assert shown["gauges"] == dict.fromkeys(GAUGES)
     assert shown["hold"] is None
     assert isinstance(shown["minutes"], dict)
     assert list(shown["minutes"].values()) == [{}] * 5
+    assert isinstance(shown["browser"], dict)
+    assert list(shown["browser"].values()) == [{}] * 2
 
 
 async def test_each_outcome_is_counted_in_totals_and_in_its_minute(
@@ -81,6 +83,23 @@ async def test_the_minutes_are_the_last_ones_by_the_clock_of_redis(
         [f"{now - timedelta(minutes=n):%Y%m%d%H%M}" for n in range(3)]
         for now in (before, await bench.queue.now())
     )
+
+
+async def test_what_browsers_reported_is_told_by_day_and_family(bench: Bench) -> None:
+    now = await bench.queue.now()
+    today = f"{bench.queue.prefix}:browser:{now:%Y%m%d}"
+    await bench.client.hset(
+        today, mapping={"safari:called": 2, "chrome:called": 9, "chrome:arrived": 8}
+    )
+    told = (await stats(bench.queue))["browser"]
+    assert isinstance(told, dict)
+    assert list(told) in (
+        [f"{at - timedelta(days=n):%Y%m%d}" for n in range(2)]
+        for at in (now, await bench.queue.now())
+    )
+    families = told[f"{now:%Y%m%d}"]
+    assert families == {"chrome": {"called": 9, "arrived": 8}, "safari": {"called": 2}}
+    assert list(families) == ["chrome", "safari"]  # the one with the most goes first
 
 
 async def test_a_hold_says_why_since_when_and_when_it_is_tried_again(

@@ -23,6 +23,7 @@ from relay.ops import ops_app
 from relay.queue import Queue
 from relay.serving import GRACE_S, server_config
 from relay.settings import KNOWN, Role, Settings, load_settings
+from relay.snippet import NAME, present
 from relay.values import SDK_PATH
 from tests.support import eventually
 
@@ -281,10 +282,13 @@ class TestNginx:
 
     def test_it_has_the_paths_of_the_relay(self) -> None:
         text = (NGINX / "relay.conf").read_text()
-        [pattern] = re.findall(r"^location ~ (\S+) \{", text, re.MULTILINE)
-        for path in (DEFAULTS["track_path"], SDK_PATH):
+        events, script = re.findall(r'^location ~ "?(\S+?)"? \{', text, re.MULTILINE)
+        paths = dict.fromkeys((DEFAULTS["track_path"], SDK_PATH), events)
+        paths |= {f"/{name}": script for name in (NAME, present().name)}
+        for path, pattern in paths.items():
             assert re.search(pattern, path)
             assert not re.search(pattern, f"{path}/more")
+            assert not re.search(pattern, f"/more{path}")
 
     def test_it_passes_what_the_relay_reads(self) -> None:
         """Each header that the edge looks at; nginx passes no other."""
@@ -294,6 +298,8 @@ class TestNginx:
         passed = re.findall(r"^    proxy_set_header ([\w-]+)", text, re.MULTILINE)
         assert len(read) >= 8
         assert read <= {name.lower() for name in passed}
+        kept = {"accept-encoding", "if-none-match"}  # of a script, which caches keep
+        assert kept <= {name.lower() for name in passed}
 
     def test_its_own_answers_are_problem_documents(self) -> None:
         text = (NGINX / "relay.conf").read_text()

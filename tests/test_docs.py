@@ -183,8 +183,9 @@ def test_every_locked_requirement_has_a_hash(name: str) -> None:
     assert len(lines) > 20
 
 
-def test_every_locked_npm_package_has_a_hash_and_no_address() -> None:
-    packages = json.loads(read("tests/sdk/package-lock.json"))["packages"]
+@pytest.mark.parametrize("place", ["snippet", "tests/recipes", "tests/sdk"])
+def test_every_locked_npm_package_has_a_hash_and_no_address(place: str) -> None:
+    packages = json.loads(read(f"{place}/package-lock.json"))["packages"]
     locked = [package for name, package in packages.items() if name]
     assert locked
     assert all("integrity" in p and "resolved" not in p for p in locked)
@@ -327,7 +328,8 @@ async def test_keys_are_of_the_type_that_is_told(valkey_url: str, prefix: str) -
         await held.keep_token("named", {}, who="me", replaces=0, life_ms=60_000)
         await held.expect(made[0], 1)
         await held.expect(event("asked"), 1)
-        await held.commit("w:0", 1, [("ip", made)], [])
+        reported = [("browser", "chrome:called", "", 1)]
+        await held.commit("w:0", 1, [("ip", made)], reported)
         claimed = (await held.tick("a", 4, look_out=True)).claimed
         told, again, paid, _ = claimed
         await held.mark("a", [paid])

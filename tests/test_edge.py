@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from relay.addresses import TrustedProxies
-from relay.answers import Header, Response
+from relay.answers import Beacons, Header, Response
 from relay.digests import Digests
 from relay.edge import (
     MAX_BODY_BYTES,
@@ -44,8 +44,10 @@ def make(
     origins: Sequence[str] = ("https://shop.example", "https://*.shop.example"),
     proxies: Sequence[str] = ("private", "unix"),
     allow_no_origin: bool = False,
+    disabled: bool = False,
 ) -> Edge:
     return Edge(
+        dialect=Beacons(disabled=disabled),
         origins=AllowedOrigins(origins),
         proxies=TrustedProxies(proxies),
         limits=parse_limits(limits),
@@ -476,6 +478,57 @@ def test_request_ids_made_here_are_all_different() -> None:
         accepted(edge=edge).request_id for edge in (EDGE, make()) for _ in range(50)
     }
     assert len(made) == 100
+
+
+# --- what the snippet reports -------------------------------------------------------
+
+AGENT = (b"user-agent", b"Mozilla/5.0 (X11) Gecko/20100101 Firefox/133.0")
+
+
+def reported(report: object, *fates: str, events: int = 2) -> list[tuple[str, int]]:
+    admission = admitted({"events": [EVENT] * events, "report": report}, AGENT)
+    told = [Fate(status=fate, reason="r" if fate != "queued" else "") for fate in fates]
+    return list(EDGE.answer(admission, told, None).browser)
+
+
+def test_a_report_is_counted_with_what_has_arrived() -> None:
+    assert reported({"called": 3, "full": 1}, "queued", "queued") == [
+        ("firefox:called", 3),
+        ("firefox:full", 1),
+        ("firefox:arrived", 2),
+    ]
+    assert reported({"called": 3}, "duplicate", "unavailable") == [
+        ("firefox:called", 3)
+    ]
+
+
+@pytest.mark.parametrize("report", [None, 7, "called", [], {"called": "x"}, {"a": {}}])
+def test_a_faulty_report_costs_no_event(report: object) -> None:
+    counted = reported(report, "queued", "queued")
+    assert counted in ([], [("firefox:arrived", 2)])
+
+
+def test_without_a_report_no_browser_is_counted() -> None:
+    admission = admitted({"events": [EVENT]}, AGENT)
+    assert EDGE.answer(admission, [Fate(status="queued")], None).browser == ()
+
+
+def test_a_report_counts_when_every_event_was_refused() -> None:
+    body = {"events": [{"event": "e"}], "report": {"called": 1}}
+    assert list(condemned(body, AGENT).browser) == [
+        ("firefox:called", 1),
+        ("firefox:arrived", 1),
+    ]
+
+
+def test_the_kill_switch_is_in_every_answer_of_the_route() -> None:
+    off = make(disabled=True)
+    admission = admitted(EVENT, edge=off)
+    taken = off.answer(admission, [Fate(status="queued")], None)
+    away = off.unavailable(admitted(EVENT, edge=off), "r", "Away.", 1)
+    for response in (taken, away, condemned(b"{", edge=off)):
+        assert json.loads(response.body)["disabled"] is True
+    assert "disabled" not in json.loads(condemned(b"{").body)
 
 
 # --- events ------------------------------------------------------------------------

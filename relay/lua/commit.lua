@@ -14,7 +14,7 @@
 --         id; `special` nil or {name digest, coalesce_ms, quota, period_ms, dry_run,
 --         token digest, uses, life_ms, dry_run}: what is counted for this event alone
 --       5 refusals of the edge, packed {{outcome, reason, name, n}...}; without an
---         outcome the reason is a counter's name
+--         outcome the reason is a counter's name, with `browser` one of the day's
 -- Reply packed {{dimension, remaining, reset_us, {code, wait_us...}}...}, one for
 --       each request: the tightest limit (-1: none), and for each event 0 queued,
 --       1 duplicate, 2 no room, 3+d over limit d (from 0), -1 coalesced, -2 its token
@@ -226,16 +226,20 @@ end
 for key in pairs(dirty) do
   call('SET', key, tat[key], 'PX', math.ceil((tat[key] - now_us) / 1000))
 end
+local browser_day = P .. ':browser:' .. string.sub(stamp(tonumber(clock[1])), 1, 8)
 for _, refusal in ipairs(cmsgpack.unpack(ARGV[5])) do
   local outcome, reason, name, n = unpack(refusal)
   if outcome == '' then
     note(reason, n)
+  elseif outcome == 'browser' then
+    call('HINCRBY', browser_day, reason, n)
+    call('PEXPIRE', browser_day, HOURS_KEPT_MS)
   else
     count('received', n)
     count(outcome, n)
     note('reason:' .. reason, n)
   end
-  if outcome ~= '' and name ~= '' then
+  if name ~= '' then
     count_event(name, 'received', n, n)
     count_event(name, outcome, n)
   end

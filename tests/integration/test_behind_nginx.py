@@ -22,6 +22,8 @@ import pytest
 from anyio.from_thread import start_blocking_portal
 
 from relay.edge import MAX_BODY_BYTES
+from relay.embedded import running_url
+from relay.queue import Queue
 from relay.sandbox import (
     APPLICATION_ID,
     CLIENT_TOKEN,
@@ -30,6 +32,7 @@ from relay.sandbox import (
     SandboxConfig,
     serve_sandbox,
 )
+from relay.snippet import NAME, present
 from tests.programs import RELAY, Program, find, needs, running
 from tests.queues import directory_balanced
 from tests.support import eventually
@@ -256,6 +259,47 @@ async def test_a_token_and_the_privacy_signal_reach_the_relay(
     assert (answer.status_code, answer.json()["reason"]) == (401, "token_unexpected")
 
 
+async def test_the_snippet_gets_through_as_the_relay_gives_it(
+    shopper: httpx.AsyncClient,
+) -> None:
+    for name, age in ((NAME, "max-age=3600"), (present().name, "immutable")):
+        got = await shopper.get(f"/{name}", headers={"accept-encoding": "gzip"})
+        assert (got.status_code, got.content) == (200, present().encodings["identity"])
+        told = got.headers.get_list
+        assert told("content-encoding") == ["gzip"]
+        assert [age in said for said in told("cache-control")] == [True]
+        assert told("access-control-allow-origin") == ["*"]
+        assert told("x-content-type-options") == ["nosniff"]
+        assert told("vary") == ["Accept-Encoding"]
+        assert len(told("x-request-id")) == 1
+        again = await shopper.get(
+            f"/{name}",
+            headers={"accept-encoding": "gzip", "if-none-match": got.headers["etag"]},
+        )
+        assert again.status_code == 304
+    assert (await shopper.get("/relay.0.js")).status_code == 404
+
+
+async def test_what_a_browser_reports_is_counted_by_its_family(
+    stack: Stack, shopper: httpx.AsyncClient
+) -> None:
+    body = {"events": [beacon("counted")], "report": {"called": 7}}
+    agent = {"user-agent": "Mozilla/5.0 Gecko/20100101 Firefox/133.0"}
+    answer = await shopper.post("/track", json=body, headers=agent)
+    assert answer.status_code == 202, answer.text
+
+    async def counted() -> bool:
+        queue = Queue(url=running_url(stack.place / "data"), prefix="relay")
+        try:
+            now = await queue.now()
+            told = await queue.hash(f"browser:{now:%Y%m%d}")
+        finally:
+            await queue.aclose()
+        return told.get("firefox:called") == "7"
+
+    await eventually(counted)
+
+
 async def test_a_preflight_is_answered_by_the_relay(
     shopper: httpx.AsyncClient,
 ) -> None:
@@ -473,6 +517,7 @@ async def test_the_relay_gets_what_it_reads_and_nothing_else(place: Path) -> Non
         "content-encoding": "gzip",
         "content-length": "2",
         "prefer": "wait=1",
+        "user-agent": "shopper/1",  # as all that the other end lists
     }
     assert relay.bodies == [b"{}"] * 3
     assert relay.connections == 1, "the connection to the relay is not kept"

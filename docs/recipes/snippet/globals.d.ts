@@ -1,0 +1,6 @@
+import type { Relay } from "voucherify-relay";
+import type { RelayEvents } from "./relay-events";
+
+declare global {
+  var relay: Relay<RelayEvents>;
+}
