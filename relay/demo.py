@@ -1,24 +1,19 @@
 """`relay demo`: the real relay with everything around it, on one machine.
 
 A private Valkey in a temporary directory, a sandbox cluster in Voucherify's place,
-and a plain page of a shop on an origin of its own. Nothing is kept when it ends.
+and a shop on a port of its own, which hands its events on to the relay
+(demo_shop.py). Nothing is kept when it ends.
 """
 
 import asyncio
 import socket
 import tempfile
 from collections.abc import Callable
-from importlib.resources import files
 from pathlib import Path
-
-import uvicorn
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import HTMLResponse
-from starlette.routing import Route
 
 from relay.app import App
 from relay.assembly import Station, http_url, listen, served, stop_asked
+from relay.demo_shop import Shop
 from relay.embedded import EmbeddedServer
 from relay.sandbox.app import Sandbox
 from relay.sandbox.server import serve_sandbox
@@ -35,9 +30,12 @@ def run_demo(say: Callable[[str], None]) -> None:
     """Run until a signal; `say` gets the lines for the person in front of it."""
     with (
         tempfile.TemporaryDirectory(prefix="relay-demo-") as place,
+        # The loop is made before there is a server: a signal that meets its making
+        # leaves half a loop, which complains as it goes.
+        asyncio.Runner() as runner,
         EmbeddedServer(data_dir=Path(place) / "data") as server,
     ):
-        asyncio.run(_demo(server.url, say))
+        runner.run(_demo(server.url, say))
     say("The demo has ended; nothing of it is left.")
 
 
@@ -49,16 +47,25 @@ async def _demo(redis_url: str, say: Callable[[str], None]) -> None:
     sandbox_port = probe.getsockname()[1]
     probe.close()
     with stop_asked() as stopped:
-        async with (
-            serve_sandbox(sandbox=sandbox, host=HOST, port=sandbox_port) as running,
-            served(_shop_config(f"{relay_url}/track"), shop),
-        ):
+        async with serve_sandbox(
+            sandbox=sandbox, host=HOST, port=sandbox_port
+        ) as running:
             settings = _settings(sandbox, running.url, shop_url)
             station = Station(
                 settings, redis_url=redis_url, forward=True, ops_socket=ops
             )
-            # Its socket listens: what connects before it is up is answered then.
-            async with served(server_config(App(station)), relay):
+            front = Shop(
+                settings=settings,
+                redis_url=redis_url,
+                relay=relay_url,
+                sandbox=sandbox,
+                voucherify=running.url,
+            )
+            # The sockets listen: what connects before these are up is answered then.
+            async with (
+                served(front.config(), shop),
+                served(server_config(App(station)), relay),
+            ):
                 for line in _lines(relay_url, running.url, shop_url, http_url(ops)):
                     say(line)
                 await stopped.wait()
@@ -81,7 +88,7 @@ def _lines(relay: str, sandbox: str, shop: str, ops: str) -> list[str]:
     return [
         "",
         "The demo is ready. Ctrl-C ends it.",
-        f"  A shop's page with buttons       {shop}",
+        f"  The shop: start here             {shop}",
         f"  The relay takes beacons on       {relay}/track  ({ops}/readyz)",
         f"  What Voucherify would receive    {sandbox}",
         "",
@@ -90,16 +97,6 @@ def _lines(relay: str, sandbox: str, shop: str, ops: str) -> list[str]:
         f"--data '{EVENT}' {relay}/track",
         "",
     ]
-
-
-def _shop_config(track_url: str) -> uvicorn.Config:
-    page = (files("relay") / "static" / "demo.html").read_text("utf-8")
-
-    async def home(_: Request) -> HTMLResponse:
-        return HTMLResponse(page.replace("{{track_url}}", track_url))
-
-    app = Starlette(routes=[Route("/", home)])
-    return uvicorn.Config(app, lifespan="off", access_log=False, log_config=None)
 
 
 def _free(port: int) -> socket.socket:

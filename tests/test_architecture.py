@@ -12,6 +12,8 @@ LAYERS = [
     {"__main__"},
     {"cli"},
     {"demo"},
+    {"demo_shop"},
+    {"demo_follower"},
     {"serving"},
     {"app", "worker", "sandbox", "checks", "explain"},
     {"probes"},

@@ -36,7 +36,7 @@ def demo(place: Path, **env: str) -> Iterator[Program]:
 def addresses(program: Program) -> dict[str, str]:
     program.wait_for("^  curl .*$", within=30)
     return {
-        "shop": program.wait_for(r"buttons +(http\S+)$")[1],
+        "shop": program.wait_for(r"start here +(http\S+)$")[1],
         "relay": program.wait_for(r"takes beacons on +(http\S+)/track ")[1],
         "ready": program.wait_for(r"\((http\S+/readyz)\)$")[1],
         "sandbox": program.wait_for(r"would receive +(http\S+)$")[1],
@@ -79,8 +79,15 @@ def test_everything_it_prints_works(tmp_path: Path) -> None:
             assert httpx.get(url).status_code == 200
         page = httpx.get(at["shop"])
         assert page.headers["content-type"] == "text/html; charset=utf-8"
-        assert f"{at['relay']}/track" in page.text
+        assert at["sandbox"] in page.text
         assert "{{" not in page.text
+
+        # The shop is a way to the relay, by each name of this machine.
+        for shop in (at["shop"], at["shop"].replace(HOST, "localhost")):
+            answer = httpx.post(
+                f"{at['shop']}/track", content="?", headers={"Origin": shop}
+            )
+            assert answer.json()["reason"] == "malformed_json"
 
         assert send(program.wait_for("^  (curl .*)$")[1]) == 202
         event = delivered(at["sandbox"])
