@@ -23,7 +23,8 @@ BATCH = 100
 MAX_ROUNDS = 5
 
 LANES = ("high", "normal", "low")
-PLACES = (*LANES, "retry", "delayed", "dead")
+WAITING = (*LANES, *(f"{lane}:behind" for lane in LANES))
+PLACES = (*WAITING, "retry", "delayed", "dead")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +89,7 @@ async def forget(
     # repeats it would have it accepted, and perhaps paid, once more.
     marks = 0 if last.in_flight else await queue.forget_marks(digests)
     return Erased(
-        waiting=sum(totals[lane] for lane in (*LANES, "retry")),
+        waiting=sum(totals[place] for place in (*WAITING, "retry")),
         delayed=totals["delayed"],
         dead=totals["dead"],
         spooled=0,

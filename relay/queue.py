@@ -427,10 +427,12 @@ class Queue:
         while True:
             async with self._asking():
                 cursor, keys = await self._ops.scan(cursor, match=pattern, count=1000)
+                # A row behind a lane names events, and goes with the last of them.
                 theirs = [
                     key
                     for key in cast("list[bytes]", keys)
-                    if not wanted.isdisjoint(key.split(b":"))
+                    if not wanted.isdisjoint(parts := key.split(b":"))
+                    and b"behind" not in parts
                 ]
                 if theirs:
                     erased += await self._ops.unlink(*theirs)

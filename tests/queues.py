@@ -30,7 +30,7 @@ def event(
     id: str = "",  # noqa: A002  # the wire's own name
     *,
     name: str = "e",
-    customer: str = "c",
+    customer: str = "",
     lane: str = "normal",
     delivery: str = "at_least_once",
     ttl_ms: int = 3_600_000,
@@ -38,6 +38,8 @@ def event(
     special: Special | None = None,
 ) -> Event:
     made = id or f"made-{next(_seq)}"
+    # One of its own for each id, since one customer's events go one at a time.
+    customer = customer or f"c-{made}"
     return (made, bool(id), customer, name, lane, delivery, ttl_ms, body, special)
 
 

@@ -323,6 +323,7 @@ async def test_keys_are_of_the_type_that_is_told(valkey_url: str, prefix: str) -
             )
             for kind in kinds
         ]
+        made.append(event("next", customer=made[0][2]))
         await held.keep_names(["listed"])
         await held.token("named", who="me", lock_ms=60_000)
         await held.keep_token("named", {}, who="me", replaces=0, life_ms=60_000)
@@ -330,7 +331,7 @@ async def test_keys_are_of_the_type_that_is_told(valkey_url: str, prefix: str) -
         await held.expect(event("asked"), 1)
         reported = [("browser", "chrome:called", "", 1)]
         await held.commit("w:0", 1, [("ip", made)], reported)
-        claimed = (await held.tick("a", 4, look_out=True)).claimed
+        claimed = (await held.tick("a", 9, look_out=True)).claimed
         told, again, paid, _ = claimed
         await held.mark("a", [paid])
         results = [

@@ -88,7 +88,7 @@ async def test_an_id_that_we_made_is_known_when_its_sender_repeats_it(
     made = event()
     assert await bench.codes(made) == [QUEUED]
     assert await bench.codes(event(made[0])) == [DUPLICATE]
-    key = f"{bench.queue.prefix}:seen:c:{made[0]}"
+    key = f"{bench.queue.prefix}:seen:{made[2]}:{made[0]}"
     assert 0 < await bench.client.pttl(key) <= 120_000
 
 

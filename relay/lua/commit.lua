@@ -64,7 +64,7 @@ for from = 1, #keys, 4000 do  -- unpack has a limit near 8,000
 end
 
 local room = settings[1] - call('ZCARD', P .. ':delayed')
-for _, lane in ipairs(LANES) do room = room - call('XLEN', stream(lane)) end
+for _, name in ipairs(STREAMS) do room = room - call('XLEN', stream(name)) end
 
 local function refuse(name, outcome, reason)
   count(outcome, 1)

@@ -46,6 +46,14 @@ local function drop(packed)
   erased = erased + 1
 end
 
+-- Whoever is gone from behind a lane waits in no row there.
+local function step_out(customer, id)
+  local lane = string.match(place, '^(%a+):behind$')
+  if not lane then return end
+  call('LREM', row(lane, customer), 1, id)
+  if call('EXISTS', row(lane, customer)) == 0 then call('ZREM', ready(lane), customer) end
+end
+
 local function look_at_lane()
   local from = cursor == '' and '-' or '(' .. cursor
   local found = call('XRANGE', stream(place), from, '+', 'COUNT', size)
@@ -58,6 +66,7 @@ local function look_at_lane()
     elseif whose == 'theirs' then
       drop(packed)
       remove(place, id)
+      step_out(open(packed).customer, id)
     end
   end
   return #found == size and found[#found][1] or ''

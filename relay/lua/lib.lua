@@ -8,7 +8,11 @@ local clock = call('TIME')
 local now_us = clock[1] * 1000000 + clock[2]
 local now_ms = math.floor(now_us / 1000)
 
-local LANES = {'high', 'normal', 'low', 'retry'}  -- `retry` holds events in flight only
+local LANES = {'high', 'normal', 'low'}
+-- Every stream with events in it. `retry` holds events in flight only; behind a lane
+-- are events of customers who have another one in flight.
+local STREAMS = {'high', 'normal', 'low', 'retry', 'high:behind', 'normal:behind',
+  'low:behind'}
 local GROUP = 'relay'
 local OUTCOMES = {
   'delivered', 'rejected', 'expired', 'ambiguous', 'invalid', 'unauthenticated',
@@ -19,6 +23,11 @@ local MINUTES_KEPT_MS, HOURS_KEPT_MS = 72 * 3600000, 400 * 86400000
 local NAMES_KEPT, NAMES_SHOWN, FIELDS_MAX, NAME_BYTES = 1000, 200, 4096, 64
 
 local function stream(lane) return P .. ':q:' .. lane end
+-- The entries behind a lane that are one customer's, in their order; and the customers
+-- of a lane whose next one may go, since none of theirs is in flight.
+local function behind(lane) return P .. ':q:' .. lane .. ':behind' end
+local function row(lane, customer) return P .. ':behind:' .. lane .. ':' .. customer end
+local function ready(lane) return P .. ':ready:' .. lane end
 
 -- Civil date of a Unix day, proleptic Gregorian (H. Hinnant, "chrono-Compatible
 -- Low-Level Date Algorithms"); scripts have no os.date.
@@ -128,6 +137,14 @@ local function entry(id, fields)
     a = tonumber(f.a) or 0, s = tonumber(f.s) or 0, k = tonumber(f.k) or -1,
     d = tonumber(f.d) or 0}
 end
+local function known(x)
+  local fields = {'e', x.e}
+  for _, name in ipairs(KNOWN) do
+    fields[#fields + 1] = name
+    fields[#fields + 1] = x[name]
+  end
+  return fields
+end
 -- Back into the queue, to be claimed at `due`; the other half is tick's read_due.
 local function postpone(x, due)
   local packed = {x.e}
@@ -139,10 +156,37 @@ local function ours(lane, id, consumer)
   local p = redis.pcall('XPENDING', stream(lane), GROUP, id, id, 1, consumer)
   return not p.err and #p > 0  -- with its group everything in flight is lost
 end
-local function remove(lane, id)
+-- One customer's events are in flight one at a time. Whoever had one, and has others
+-- behind a lane, may go on there.
+local BUSY = P .. ':busy'
+local function let_go_on(customer)
+  for _, lane in ipairs(LANES) do
+    if call('EXISTS', row(lane, customer)) == 1 then
+      call('ZADD', ready(lane), 'NX', now_us, customer)
+    end
+  end
+end
+local function is_in_flight(place)
+  local lane, id = string.match(place, '^(.+):(%d+%-%d+)$')
+  local pending = redis.pcall('XPENDING', stream(lane), GROUP, id, id, 1)
+  return not pending.err and #pending > 0
+end
+local function is_busy(customer, own)
+  local place = call('HGET', BUSY, customer)
+  if not place or place == own then return false end
+  if is_in_flight(place) then return true end
+  call('HDEL', BUSY, customer)  -- its group was lost, and what was in flight with it
+  return false
+end
+local function remove(lane, id, customer)
   call('XACK', stream(lane), GROUP, id)
   call('XDEL', stream(lane), id)
   call('HDEL', P .. ':sent', lane .. ':' .. id)
+  if not customer then return end
+  local place = call('HGET', BUSY, customer)
+  if place and place ~= lane .. ':' .. id then return end
+  if place then call('HDEL', BUSY, customer) end
+  let_go_on(customer)
 end
 
 -- Somebody who waits for this event's outcome (Prefer: wait) is told.

@@ -12,8 +12,8 @@ if now_ms >= written and now_ms - written < 1000 then return call('HGETALL', gau
 
 local workers = P .. ':workers'
 local length, in_flight, oldest = 0, 0, now_ms
-for _, lane in ipairs(LANES) do
-  local key = stream(lane)
+for _, name in ipairs(STREAMS) do
+  local key = stream(name)
   length = length + call('XLEN', key)
   local pending = redis.pcall('XPENDING', key, GROUP)
   if not pending.err then in_flight = in_flight + pending[1] end

@@ -106,7 +106,7 @@ for _, result in ipairs(cmsgpack.unpack(ARGV[3])) do
       bury(x, event, verdict, reason, info)
     end
     hear(signal, reason, pause_ms, probe)
-    remove(lane, id)
+    remove(lane, id, event.customer)
     settled = settled + 1
   end
 end

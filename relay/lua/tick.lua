@@ -4,6 +4,9 @@
 -- Strict priority high, normal, low; of every ten turns one goes to `low` and one
 -- to `normal` first, so neither starves. A due retry takes every other turn: it is
 -- older than what waits, and a storm of retries leaves half the calls to the rest.
+-- One customer's events go one at a time and in their order: who has one in flight
+-- steps behind the lane with the others, and customers there take every other turn of
+-- it, one after the other, so one customer's flood leaves half of a lane to the rest.
 -- Dead forwarders are taken over: what they may have sent follows its delivery rule.
 --
 -- KEYS  1 prefix
@@ -16,6 +19,9 @@
 --         is to try whether a hold is over; `doorbell` the last id of each lane
 --         when nothing was there, to wait for more with XREAD BLOCK
 local EXPIRED_AT_ONCE = 1000  -- bounds one tick when a whole backlog is too old
+local STEPS_BEHIND = 500  -- the same for a customer's flood
+local BUSY_MS = 1000  -- a due retry of a customer who has another event in flight
+local ORPHANS = 100  -- looked at in each look-out
 -- Two calls stamped a period apart can reach Voucherify closer together than that:
 -- each takes its own time to leave. The windows are kept this much longer.
 local SLACK_MS = 100
@@ -98,6 +104,7 @@ for w, window in ipairs(budget) do
 end
 
 local function give(lane, id, x, event)
+  call('HSET', BUSY, event.customer, lane .. ':' .. id)
   out[#out + 1] = {lane, id, x.r, x.a, event.id, event.name, event.delivery, event.body}
 end
 
@@ -105,9 +112,11 @@ end
 -- where time to live and budget meet it like any other.
 local function take_over(lane, id, died)
   local found = call('XRANGE', stream(lane), id, id)
+  local customer
   if #found > 0 then
     local x = entry(id, found[1][2])
     local event = open(x.e)
+    customer = event.customer
     x.d = x.d + died
     local sent = call('HEXISTS', P .. ':sent', lane .. ':' .. id) == 1
     if sent and event.delivery == 'at_most_once' then
@@ -118,7 +127,16 @@ local function take_over(lane, id, died)
       postpone(x, now_ms)
     end
   end
-  remove(lane, id)
+  remove(lane, id, customer)
+end
+
+-- Whoever is behind a lane is in flight, or may go on. Where a group was lost, or a
+-- script failed half way, neither may be so: then it is mended here.
+local function mend(lane)
+  for _, item in ipairs(call('XRANGE', behind(lane), '-', '+', 'COUNT', ORPHANS)) do
+    local customer = open(entry(item[1], item[2]).e).customer
+    if not is_busy(customer) then let_go_on(customer) end
+  end
 end
 
 -- Dead forwarders are those whose heartbeat stopped. And an answer to this forwarder
@@ -147,7 +165,8 @@ local function look_out(lane)
   end
 end
 if ARGV[4] == '1' then
-  for _, lane in ipairs(LANES) do look_out(lane) end
+  for _, name in ipairs(STREAMS) do look_out(name) end
+  for _, lane in ipairs(LANES) do mend(lane) end
 end
 
 local function read(lane)
@@ -165,21 +184,68 @@ local function read(lane)
   return id, entry(id, fields)
 end
 
--- A due retry enters its stream only now, so that stream holds nothing but events
--- in flight and its order is the delayed set's. With none due it is read all the
--- same: a script that failed half way may have left one behind there.
-local function read_due(latest)
-  local due = call('ZRANGE', P .. ':delayed', '-inf', latest, 'BYSCORE', 'LIMIT', 0, 1)
-  if #due == 0 then return read('retry') end
-  local packed = cmsgpack.unpack(due[1])
-  local fields = {'e', packed[1]}
-  for i, name in ipairs(KNOWN) do
-    fields[#fields + 1] = name
-    fields[#fields + 1] = packed[i + 1]
-  end
-  call('ZREM', P .. ':delayed', due[1])
-  call('XADD', stream('retry'), '*', unpack(fields))
+-- What comes from elsewhere enters its stream only now, so that stream holds nothing
+-- but events in flight.
+local function enter_retry(x)
+  call('XADD', stream('retry'), '*', unpack(known(x)))
   return read('retry')
+end
+
+-- With none due the stream is read all the same: a script that failed half way may
+-- have left one behind there.
+local function read_due(latest)
+  local key = P .. ':delayed'
+  local due = call('ZRANGE', key, '-inf', latest, 'BYSCORE', 'LIMIT', 0, 20)
+  for _, member in ipairs(due) do
+    local packed = cmsgpack.unpack(member)
+    local x = {e = packed[1]}
+    for i, name in ipairs(KNOWN) do x[name] = packed[i + 1] end
+    if is_busy(open(x.e).customer) then
+      call('ZADD', key, 'GT', now_ms + BUSY_MS, member)
+    else
+      call('ZREM', key, member)
+      return enter_retry(x)
+    end
+  end
+  return read('retry')
+end
+
+-- The next event of the customer who waits longest behind a lane.
+local function read_ready(lane)
+  while true do
+    local customer = call('ZRANGE', ready(lane), 0, 0)[1]
+    if not customer then return nil end
+    call('ZREM', ready(lane), customer)
+    local id = not is_busy(customer) and call('LPOP', row(lane, customer))
+    while id do
+      local found = call('XRANGE', behind(lane), id, id)
+      if #found > 0 then  -- else it was erased meanwhile
+        call('XDEL', behind(lane), id)
+        return enter_retry(entry(id, found[1][2]))
+      end
+      id = call('LPOP', row(lane, customer))
+    end
+  end
+end
+
+-- The next event of a lane whose customer has none in flight and none behind it.
+local steps = 0
+local function read_lane(lane)
+  while steps < STEPS_BEHIND do
+    local id, x = read(lane)
+    if not id then return nil end
+    local customer, place = open(x.e).customer, lane .. ':' .. id
+    -- Handed out before, when a group was lost or Redis went back in time: that is for
+    -- the caller to judge, by a mark that it must not lose here.
+    if call('HEXISTS', P .. ':sent', place) == 1 then return id, x end
+    if not is_busy(customer, place) and call('EXISTS', row(lane, customer)) == 0 then
+      return id, x
+    end
+    local entry_id = call('XADD', behind(lane), '*', unpack(known(x)))
+    call('RPUSH', row(lane, customer), entry_id)
+    remove(lane, id)
+    steps = steps + 1
+  end
 end
 
 local ORDERS = {
@@ -196,9 +262,13 @@ local function next_event()
     local id, x = read_due(now_ms)
     if id then return 'retry', id, x end
   end
+  local ready_first = turn % 4 < 2
   for _, lane in ipairs(ORDERS[math.floor(turn / 2)] or USUAL) do
-    local id, x = read(lane)
-    if id then return lane, id, x end
+    for _, from_row in ipairs({ready_first, not ready_first}) do
+      local id, x
+      if from_row then id, x = read_ready(lane) else id, x = read_lane(lane) end
+      if id then return from_row and 'retry' or lane, id, x end
+    end
   end
   local id, x = read_due(probe and '+inf' or now_ms)
   if id then return 'retry', id, x end
@@ -209,19 +279,20 @@ local empty, expired = false, 0
 while #out < allowed and not empty do
   local lane, id, x = next_event()
   if not lane then
-    empty = true
+    empty = steps < STEPS_BEHIND
+    if not empty then break end
   else
     local event = open(x.e)
     if now_ms > x.r + event.ttl then
       bury(x, event, 'expired', 'ttl', {})
-      remove(lane, id)
+      remove(lane, id, event.customer)
       expired = expired + 1
       if expired >= EXPIRED_AT_ONCE then break end
     elseif event.delivery == 'at_most_once'
       and call('HEXISTS', P .. ':sent', lane .. ':' .. id) == 1 then
       -- Read as new, but marked as sent: Redis went back in time, or lost its group.
       bury(x, event, 'ambiguous', 'claimed_again', {})
-      remove(lane, id)
+      remove(lane, id, event.customer)
     else
       give(lane, id, x, event)
     end

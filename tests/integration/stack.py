@@ -176,8 +176,9 @@ async def stack(
 
 
 def beacon(
-    n: int | str, *, name: str = "e", customer: str = "c", **parts: object
+    n: int | str, *, name: str = "e", customer: str = "", **parts: object
 ) -> str:
+    customer = customer or f"c-{n}"  # one customer's events go one at a time
     return json.dumps(
         {
             "event": name,
