@@ -17,6 +17,7 @@ const made = async (entry, format) => {
     bundle: true,
     minify: true,
     write: false,
+    tsconfigRaw: "{}", // without "use strict"
     target: "es2021",
     format,
   });

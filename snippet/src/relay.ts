@@ -17,7 +17,7 @@ const PREFIX = "relay:event:"; // of the keys in localStorage; one for each even
 const MAX_EVENTS = 100;
 const MAX_CHARS = 32_768; // 64 KiB: a character takes up to two bytes there
 const BATCH = 20;
-const MAX_BODY = 64_000; // bytes; browsers and the relay stop at 65,536
+const MAX_BODY = 21_000; // characters, of at most 3 bytes; browsers and the relay stop at 65,536
 const BATCH_MS = 1_000; // the longest that an event waits for company
 const BACKOFF_MS = 60_000; // the longest between two attempts, if nobody says more
 const ANSWER_MS = 15_000; // a request without an answer has failed
@@ -25,6 +25,7 @@ const LEASE_MS = 20_000; // over ANSWER_MS: until then nobody else sends an even
 // The relay knows an id for RELAY_DEDUPE_WINDOW (72 h) after it has seen it. What may
 // have arrived is not sent again after this time: it could pay points twice.
 const REPEAT_MS = 24 * 3_600_000;
+const LONGEST_MS = 2e9; // browsers take what is over 2 ** 31 - 1 for nothing
 
 // payload.time.signature, the last an HMAC-SHA-256 in base64url: a token of the relay's.
 const TOKEN = /\.[\w-]+\.[\w-]{43}$/;
@@ -44,25 +45,26 @@ export const createRelay: Create = (options = {}) => {
   const entries: Record<string, Entry> = {}; // by key: not known to have arrived
   let store: Record<string, string> = {}; // the same for other pages, and the next one
   let identity: Partial<RelayEvent> = {};
-  // Null until somebody has asked the shopper.
-  let consent: boolean | null =
-    !(
-      options.consent == "required" ||
-      (navigator.globalPrivacyControl && options.gpc != "ignore")
-    ) || null;
+  // 0 until somebody has asked the shopper.
+  let consent: unknown =
+    options.consent == "required" ||
+    (navigator.globalPrivacyControl && options.gpc != "ignore")
+      ? 0
+      : 1;
   let count = 0; // events of this page view
   let report: Report = {}; // since the relay heard last
-  let size = BATCH;
   let failures = 0; // one after the other
-  let busy: unknown;
+  let fresh = 0; // events since the last attempt
+  let busy: unknown; // until the answer, and as long as it told to wait
   let stopped: unknown;
-  let timer: ReturnType<typeof setTimeout> | 0 | undefined;
+  let timer: ReturnType<typeof setTimeout> | 0 | undefined; // of a batch
+  let nap: typeof timer; // of what has to wait
   try {
     store = localStorage || store;
   } catch {} // shut, for this frame or by the shopper; null in some apps
 
   const say = (...words: unknown[]) => options.debug && console.log("relay:", ...words);
-  const may = () => consent && !stopped && !document.prerendering;
+  const may = () => !(stopped || document.prerendering) && consent;
   const keys = () => Object.keys(entries);
 
   const tally = (kind: string, n = 1) => {
@@ -72,39 +74,39 @@ export const createRelay: Create = (options = {}) => {
 
   // --- the store: other pages write there, too --------------------------------------
 
-  const stored = () => Object.keys(store).filter((key) => key.startsWith(PREFIX));
+  const stored = () => Object.keys(store).filter((key) => !key.indexOf(PREFIX));
 
   const forget = (key: string) => {
     delete entries[key];
     delete store[key];
   };
 
-  /** Keep every event as this page's own until `lease`, as far as there is room. */
-  const hold = (lease: number) => {
+  /** Keep these events as this page's own for so long, as far as there is room. */
+  const hold = (ms: number, mine = keys()) => {
     let events = MAX_EVENTS;
     let chars = MAX_CHARS;
     for (const key of stored())
-      if (!entries[key]) {
+      if (!mine.includes(key)) {
         events--;
         chars -= store[key].length;
       }
-    for (const key of keys())
+    for (const key of mine)
       try {
-        const value = JSON.stringify([view, lease, entries[key]]);
-        if (may() && events-- > 0 && (chars -= value.length) > 0) store[key] = value;
+        const value = JSON.stringify([view, Date.now() + ms, entries[key]]);
+        if (may() && entries[key] && events-- > 0 && (chars -= value.length) > 0) store[key] = value;
       } catch {} // the page itself has filled it
   };
 
   // --- requests ---------------------------------------------------------------------
 
   /** As many of these events as one request may carry, and its body. */
-  const pack = (some: string[], most: number): [string[], string] => {
+  const pack = (some: string[], most = BATCH): [string[], string] => {
     some = some.slice(0, most);
     const body = JSON.stringify({
       events: some.map((key) => entries[key].event),
       report,
     });
-    return most > 1 && new Blob([body]).size > MAX_BODY ? pack(some, most >> 1) : [some, body];
+    return most > 1 && body.length > MAX_BODY ? pack(some, most >> 1) : [some, body];
   };
 
   const byFetch = async (body: string): Promise<Answer> => {
@@ -124,44 +126,44 @@ export const createRelay: Create = (options = {}) => {
 
   const send = async () => {
     clearTimeout(timer as number);
-    timer = 0;
+    fresh = timer = 0;
     if (busy || !may()) return;
+    clearTimeout(nap as number);
     const now = Date.now();
-    let next = Infinity; // milliseconds until there is something to do
+    let next = LONGEST_MS; // milliseconds until there is something to do
     for (const key of stored())
       try {
         const [owner, lease, entry] = JSON.parse(store[key]);
-        if (owner == view) continue;
-        if (lease > now) {
-          delete entries[key]; // another page has taken it over
-          next = Math.min(next, lease - now);
-        } else if (entry.event.id) {
-          entry.tried || tally("called");
-          entries[key] = entry;
-        }
+        if (owner != view)
+          if (lease > now) {
+            delete entries[key]; // another page has taken it over
+            next = Math.min(next, lease - now);
+          } else if (PREFIX + entry.event.id == key) {
+            entry.tried || tally("called");
+            entries[key] = entry;
+          } else forget(key);
       } catch {
         forget(key); // not an event
       }
     const due = keys().filter((key) => {
-      const { due, tried } = entries[key];
-      if (tried! < now - REPEAT_MS) {
+      const entry = entries[key];
+      if (entry.tried! < now - REPEAT_MS) {
         tally("late");
         forget(key);
-      } else if (due! > now) next = Math.min(next, due! - now);
+      } else if (entry.due! > now) next = Math.min(next, entry.due! - now);
       else return 1;
     });
     if (due[0] && navigator.onLine) {
-      const [some, body] = pack(due, size);
+      const [some, body] = pack(due);
       const reported = report;
       report = {};
       for (const key of some) entries[key].tried ||= now;
-      hold(now + LEASE_MS);
+      hold(LEASE_MS);
       busy = 1;
       const [status, wait, text] = await Promise.race([
         (failures & 1 ? byXhr : byFetch)(body),
         new Promise<never>((_, reject) => setTimeout(reject, ANSWER_MS)),
       ]).catch((): Answer => [0]);
-      busy = 0;
       const fates: Record<string, Fate> = {};
       let whole: Fate = {};
       try {
@@ -172,28 +174,32 @@ export const createRelay: Create = (options = {}) => {
         for (const kind in reported) tally(kind, reported[kind]); // not the relay's
       }
       const backoff = Math.random() * Math.min(BACKOFF_MS, 1e3 * 2 ** ++failures);
-      let again: unknown;
+      let again = 0; // 1: some have to wait, 2: nobody knows what became of them
       for (const key of some) {
-        const fate = fates[key] || whole;
-        const word = fates[key] ? fate.status + "" : "";
+        const fate = fates[key] || { ...whole, status: "" };
+        const word = fate.status as string;
         const entry = entries[key] || {}; // forgotten meanwhile
         say(word || status, entry, fate.detail);
-        if (LATER.test(word))
+        if (LATER.test(word)) {
+          again ||= 1;
           entry.due = Date.now() + Math.max(fate.retry_after! * 1e3 || 0, backoff);
-        else if (word || FINAL.test(status as never)) {
+        } else if (word || FINAL.test(status as never)) {
           forget(key);
           if (!TAKEN.test(word))
-            Promise.resolve({ ...fate, status, event: entry.event })
-              .then(options.onerror)
-              .catch(say);
-        } else again = 1;
+            try {
+              options.onerror!({ ...fate, status, event: entry.event });
+            } catch {} // there is none, or the page's own fault
+        } else again = 2;
       }
-      size = again && !status ? (size + 1) >> 1 : BATCH;
+      busy = again > 1;
       failures = again ? failures : 0;
-      next = again ? Math.max(wait! * 1e3 || 0, backoff) : keys()[BATCH - 1] ? 0 : BATCH_MS;
-      hold(Date.now() + next + LEASE_MS);
-    } else hold(now + LEASE_MS);
-    if (next < Infinity) timer ||= setTimeout(flush, next);
+      next = busy ? Math.max(wait! * 1e3 || 0, backoff) : keys()[BATCH - 1] ? 0 : BATCH_MS;
+      hold(next + LEASE_MS);
+    } else hold(LEASE_MS);
+    nap = setTimeout(() => {
+      busy = 0;
+      flush();
+    }, Math.min(next, LONGEST_MS));
   };
   const flush = () => send().catch(say);
 
@@ -201,28 +207,28 @@ export const createRelay: Create = (options = {}) => {
 
   /** The page may be gone at any moment: whatever may still leave leaves now. */
   const hide = () => {
-    const rest = keys().filter((key) => may() && !entries[key].left);
+    const rest = keys().filter((key) => may() && navigator.onLine && !entries[key].left);
     let most = BATCH;
     while (rest[0] && most) {
       const [some, body] = pack(rest, most);
-      let taken: unknown;
+      most = some.length >> 1;
       try {
-        taken = navigator.sendBeacon(url, body) || fetchLater(url, { method: "POST", body });
+        if (navigator.sendBeacon(url, body) || fetchLater(url, { method: "POST", body })) {
+          for (const key of rest.splice(0, some.length))
+            entries[key].left = entries[key].tried ||= Date.now();
+          report = {};
+          most = BATCH;
+        }
       } catch {}
-      if (taken) {
-        rest.splice(0, some.length);
-        for (const key of some) entries[key].left = entries[key].tried ||= Date.now();
-        report = {};
-      } else most = some.length >> 1;
     }
-    if (rest[0]) tally("quota", rest.length);
+    if (rest[0]) say("quota", (report.quota = rest.length));
     hold(0); // the next page may have them
   };
 
-  for (const name of ["pagehide", "pageshow", "online", "visibilitychange", "prerenderingchange"])
+  for (const name of ["online", "pageshow", "pagehide", "visibilitychange", "prerenderingchange"])
     addEventListener(
       name,
-      () => (name == "pagehide" || document.hidden ? hide() : timer || flush()),
+      () => (name == "pagehide" || document.hidden ? hide() : flush()),
       true, // those of the document do not all bubble
     );
   flush();
@@ -230,7 +236,7 @@ export const createRelay: Create = (options = {}) => {
   const commands = {
     track(name: string, metadata?: object, parts: Parts = {}) {
       if (stopped || consent === false) return say("skipped", name);
-      const id = view + "-" + (++count).toString(36);
+      const id = view + "-" + ++count;
       const event = {
         ...identity,
         ...parts,
@@ -242,8 +248,10 @@ export const createRelay: Create = (options = {}) => {
         id,
       };
       // As it is now, whatever the page does to its objects; or an error, here.
-      entries[PREFIX + id] = JSON.parse(JSON.stringify({ event }));
+      const text = JSON.stringify({ event });
       tally("called");
+      if (text[MAX_CHARS]) return tally("full");
+      entries[PREFIX + id] = JSON.parse(text);
       say(event);
       while (
         keys()[MAX_EVENTS] ||
@@ -251,15 +259,14 @@ export const createRelay: Create = (options = {}) => {
       ) {
         tally(navigator.onLine ? "full" : "offline");
         forget(
-          keys().find((key) => {
-            const { event } = entries[key];
-            return !event.loyalty && !event.referral;
-          }) || keys()[0],
+          keys().find((key) => !entries[key].event.loyalty && !entries[key].event.referral) ||
+            keys()[0],
         );
       }
-      hold(Date.now() + LEASE_MS);
-      if (keys()[BATCH - 1] && !failures) flush();
-      else timer ||= setTimeout(flush, BATCH_MS);
+      hold(LEASE_MS, [PREFIX + id]);
+      if (document.hidden) hide(); // the page's own listeners come after this one's
+      if (++fresh < BATCH) timer ||= setTimeout(flush, BATCH_MS);
+      else flush();
     },
     identify(who?: string) {
       identity = !who ? {} : TOKEN.test(who) ? { token: who } : { customer: { source_id: who + "" } };
@@ -272,9 +279,7 @@ export const createRelay: Create = (options = {}) => {
     onerror(callback: Options["onerror"]) {
       options.onerror = callback;
     },
-    flush() {
-      failures || flush();
-    },
+    flush,
   } as Record<string, Function>;
 
   return ((command: string, ...rest: unknown[]) => {

@@ -72,7 +72,8 @@ export class Page {
       Date: class extends Date { static now() { return browser.now; } },
       Math: Object.assign(Object.create(Math), { random: () => browser.random }),
       setTimeout: (run, ms = 0) => {
-        const timer = { run, at: browser.now + ms };
+        // As browsers do: what does not fit into 31 bits is no wait at all.
+        const timer = { run, at: browser.now + (ms > 2 ** 31 - 1 ? 0 : ms) };
         browser.timers.push(timer);
         return timer;
       },

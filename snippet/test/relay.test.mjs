@@ -267,6 +267,35 @@ test("offline waits for the network, and asks nobody meanwhile", async () => {
   assert.equal(page.sent[0].events.length, 3);
 });
 
+test("a wait of years is no loop", async () => {
+  for (const answer of [
+    { status: 503, text: "", headers: { "retry-after": "99999999999" } },
+    { status: 429, fate: { status: "rate_limited", retry_after: 99_999_999_999 } },
+  ]) {
+    const page = opened();
+    page.answer = answer;
+    page.track();
+    await wait(page, 60_000);
+    assert.equal(page.sent.length, 1);
+  }
+});
+
+test("what is refused for a limit comes back together, and ever later", async () => {
+  const page = opened();
+  page.answer = { status: 429, fate: { status: "rate_limited", retry_after: 1 } };
+  page.track(20);
+  await wait(page, 120_000);
+  assert.ok(page.sent.length <= 8, `${page.sent.length}`);
+});
+
+test("words that the relay never says do not make a loop", async () => {
+  const page = opened();
+  page.answer = { status: 202, text: '{"events":[]}' };
+  page.track(3);
+  await wait(page, 60_000);
+  assert.ok(page.sent.length <= 7, `${page.sent.length}`);
+});
+
 // --- the store -------------------------------------------------------------------------
 
 test("an event is in the store from its call to its answer", async () => {
@@ -302,6 +331,17 @@ test("64 KiB are kept at most, and the rest of the store is the shop's", async (
   assert.ok(page.kept.length >= 6);
   assert.equal(browser.storage.cart, "theirs");
   assert.equal(browser.storage["relay:settings"], "theirs");
+});
+
+test("an event that is too large for the store costs no other one", async () => {
+  const page = opened({}, { navigator: { onLine: false } });
+  page.track(5);
+  page.relay("track", "e", { text: "x".repeat(33_000) });
+  assert.equal(page.kept.length, 5);
+  page.navigator.onLine = true;
+  page.fire("online");
+  await wait(page, 2_000);
+  assert.deepEqual(page.reported, { called: 6, full: 1 });
 });
 
 test("the next page sends what the last one left", async () => {
@@ -385,6 +425,14 @@ test("what no beacon takes is kept for the next page, and told", async () => {
   const next = browser.open();
   await browser.pass(0);
   assert.equal(next.sent[0].events.length, 3);
+});
+
+test("what the page calls for after it was hidden leaves at once", async () => {
+  const page = opened();
+  page.hidden = true;
+  page.fire("visibilitychange");
+  page.track(); // in a listener of the page's own, which comes after the snippet's
+  assert.deepEqual(page.sent.map(({ by }) => by), ["beacon"]);
 });
 
 test("fetchLater takes what no beacon does", async () => {
