@@ -11,7 +11,7 @@ import json
 import re
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import date, time
 from difflib import get_close_matches
 from typing import TypeVar
@@ -86,11 +86,23 @@ class Catalog:
     defaults: Rule
     unlisted: str = "accept"  # or "reject"
     warnings: tuple[str, ...] = ()  # allowed, but probably not meant
+    _alike: Mapping[str, Rule] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        alike = {_plain(name): rule for name, rule in self.rules.items()}
+        object.__setattr__(self, "_alike", alike)
 
     def rule(self, name: str) -> Rule | None:
-        """What counts for this event; None when it is not listed and so refused."""
+        """What counts for this event; None when it is not listed and so refused.
+
+        A name that differs from a listed one in blanks around it or in case alone is
+        not listed, and where that is accepted it meets the listed one's rule: nobody
+        steps round a token by a capital letter.
+        """
         rule = self.rules.get(name)
-        return self.defaults if rule is None and self.unlisted == "accept" else rule
+        if rule is not None or self.unlisted != "accept":
+            return rule
+        return self._alike.get(_plain(name), self.defaults)
 
     @property
     def needs_keys(self) -> bool:
@@ -101,9 +113,21 @@ class Catalog:
         return any(rule.token in ("required", "dry_run") for rule in counting)
 
     @property
+    def takes_without_token(self) -> bool:
+        """Whether some rule lets events in without a token, whatever the setting."""
+        counting = [*self.rules.values()]
+        if self.unlisted == "accept":
+            counting.append(self.defaults)
+        return any(rule.token in ("off", "optional", "dry_run") for rule in counting)
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The listed events, in the order of the file."""
         return tuple(self.rules)
+
+
+def _plain(name: str) -> str:
+    return name.strip().casefold()
 
 
 # What counts without a file.

@@ -14,11 +14,12 @@ from urllib.parse import urlsplit
 
 from relay.addresses import TrustedProxies, is_loopback
 from relay.assembly import make_catalog
+from relay.catalog import Catalog
 from relay.errors import SettingsError
 from relay.findings import Finding
 from relay.limits import most_calls
 from relay.probes import look_at_cluster, look_at_redis, on_loopback
-from relay.settings import Role, Settings, load_settings
+from relay.settings import WHERE, Role, Settings, load_settings
 
 # Voucherify's "Limits": 5 client-side calls in 5 s from one address.
 CLIENT_CALLS, CLIENT_MS = 5, 5_000
@@ -27,6 +28,10 @@ _UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE
 # RFC 1918, RFC 4193, and names that mean a host of one's own network: a single word,
 # or what RFC 6762, RFC 8375 and ICANN (board resolution of 29 July 2024) keep private.
 _OWN_NETWORK = TrustedProxies(["loopback", "private"])
+# A star before a single name, or before two of which the first is of a registry's kind.
+_WIDE = re.compile(
+    r"https?://\*\.(?!localhost\b)(?:[^.:]+|(?:com?|org|net|gov|edu|ac)\.[a-z]{2})(?::\d+)?"
+)
 _OWN_NAME = re.compile(r"[^.:]+|.+\.(?:internal|local|lan|home\.arpa|localhost)")
 
 
@@ -43,7 +48,7 @@ async def check(
         return [*_of_settings(error)]  # nothing else can be judged without them
     found = [
         *_doubts(settings, catalog.warnings),
-        *_senders(settings),
+        *_senders(settings, catalog),
         *_origin(settings),
         *_plain_http(settings),
         *_credentials(settings),
@@ -69,8 +74,15 @@ def _of_settings(error: SettingsError) -> Iterator[Finding]:
             code="setting",
             about=about,
             detail=f"{detail.removesuffix('.')}.",
-            cure=cure or "Correct it: docs/settings.md.",
+            cure=f"{cure or 'Correct it: docs/settings.md.'}{_screen(about)}",
         )
+
+
+def _screen(about: str) -> str:
+    """Where a setting is found in Voucherify, if it is one of those."""
+    field = about.removeprefix("RELAY_").removesuffix("_FILE").lower()
+    where = WHERE.get(field, "")
+    return f" {where}." if "Voucherify" in where else ""
 
 
 def _doubts(settings: Settings, catalog: Iterable[str]) -> Iterator[Finding]:
@@ -95,19 +107,22 @@ def _doubts(settings: Settings, catalog: Iterable[str]) -> Iterator[Finding]:
         )
 
 
-def _senders(settings: Settings) -> Iterator[Finding]:
-    trusted = not settings.restricted and settings.tokens != "required"
+def _senders(settings: Settings, catalog: Catalog) -> Iterator[Finding]:
+    trusted = not settings.restricted and (
+        settings.tokens != "required" or catalog.takes_without_token
+    )
     if trusted:
         first = (
             "Leave RELAY_ANONYMOUS out, or set it to restricted: there are keys for "
             "tokens already."
             if settings.signing_keys
             else "Set RELAY_SIGNING_KEYS (relay keygen) and give pages tokens, or set "
-            "RELAY_ANONYMOUS=restricted."
+            "RELAY_ANONYMOUS=restricted; or say that it is meant with "
+            "RELAY_ANONYMOUS=trusted."
         )
-        # No fault, or every relay would fail its check until its shop has tokens.
+        # Points are money; but who has said `trusted` has decided.
         yield Finding(
-            level="warning",
+            level="warning" if settings.anonymous == "trusted" else "fault",
             code="anonymous_trusted",
             about="RELAY_ANONYMOUS",
             detail="Any visitor can overwrite a customer's profile, send any event "
@@ -123,6 +138,15 @@ def _senders(settings: Settings) -> Iterator[Finding]:
             detail="* lets the pages of any site send events to this shop.",
             cure="Name the shop's own origins.",
         )
+    wide = [p for p in settings.allowed_origins.patterns if _WIDE.fullmatch(p)]
+    if wide:
+        yield Finding(
+            level="fault" if trusted else "warning",
+            code="any_origin",
+            about="RELAY_ALLOWED_ORIGINS",
+            detail=f"{', '.join(wide)} lets the pages of strangers' sites send events.",
+            cure="Name the shop's own domain behind the star.",
+        )
     if settings.tokens == "dry_run":
         yield Finding(
             level="note",
@@ -130,6 +154,16 @@ def _senders(settings: Settings) -> Iterator[Finding]:
             about="RELAY_TOKENS",
             detail="Nothing is refused for want of a token yet.",
             cure="Look at would_refuse:token in relay stats --json, then set required.",
+        )
+    if settings.signing_keys and settings.ops_token is None:
+        yield Finding(
+            level="warning",
+            code="ops_without_token",
+            about="RELAY_OPS_TOKEN",
+            detail="Whatever reaches the ops listener under a name of this machine may "
+            "have tokens made; behind a proxy that is everybody.",
+            cure="Set RELAY_OPS_TOKEN (relay keygen), and let no proxy pass requests "
+            "to the ops listener.",
         )
     if settings.signing_keys and settings.tokens != "off" and settings.catalog is None:
         yield Finding(
@@ -144,6 +178,19 @@ def _senders(settings: Settings) -> Iterator[Finding]:
 
 def _origin(settings: Settings) -> Iterator[Finding]:
     """Whether the origin shown to Voucherify is one that pages come from."""
+    patterns = settings.allowed_origins.patterns
+    if settings.origin.startswith("http://") and any(
+        pattern.startswith("https://") for pattern in patterns
+    ):
+        yield Finding(
+            level="warning",
+            code="http_origin",
+            about="RELAY_ORIGIN",
+            detail="It says http, and the shop's pages are https: Voucherify compares "
+            "it with the project's list.",
+            cure="Write it with https. In Voucherify: Project Settings, Client-side "
+            "Settings has the list.",
+        )
     if settings.upstream_api != "client" or settings.allowed_origins.any:
         return
     shown = _host(settings.origin)
@@ -243,5 +290,6 @@ def _budget(settings: Settings) -> Iterator[Finding]:
             "through in 5 s, and Voucherify takes 5 client-side calls in 5 s from one "
             "address: the rest is answered 429 and waits longer.",
             cure="Begin it with 4/5s, or use RELAY_UPSTREAM_API=server, unless "
-            "Voucherify has raised the limit for you.",
+            "Voucherify has raised the limit for you. In Voucherify: Project Settings, "
+            "General has the keys of the server API.",
         )

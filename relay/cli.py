@@ -218,13 +218,18 @@ def explain(
     if route not in DIALECTS:
         raise typer.BadParameter("track or sdk.", param_hint="--route")
     settings = _settings(Role.SERVE)
-    exact = [p for p in settings.allowed_origins.patterns if "*" not in p]
+    patterns = settings.allowed_origins.patterns
+    exact = [pattern for pattern in patterns if "*" not in pattern]
+    # One that a pattern with a star allows: a name in the star's place.
+    some = patterns[0].replace("*", "www") if patterns and "//" in patterns[0] else None
+    if patterns and some is None:
+        some = "https://shop.example"  # * alone allows any
     told = explained(
         settings,
         _read_file(file),
         Request(
             route=route,
-            origin=None if no_origin else origin or next(iter(exact), None),
+            origin=None if no_origin else origin or next(iter(exact), some),
             token=_read_file(token).decode("latin-1").strip() if token else None,
             gpc=gpc,
         ),
@@ -289,7 +294,11 @@ async def _erase(
             "RELAY_AUTH, usually RELAY_CLIENT_TOKEN: set it as for the relay itself."
         )
     digests = make_digests(settings)
-    known = [digests.customer(id=customer), digests.customer(source_id=customer)]
+    known = [
+        digests.customer(id=customer),
+        digests.customer(source_id=customer),
+        digests.customer(source_id=customer, signed=True),
+    ]
     erased = dataclasses.asdict(await erase(queue, customer, digests=known))
     # Said before anything else can fail.
     if as_json:

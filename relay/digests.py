@@ -18,9 +18,21 @@ class Digests:
         return self._digest(b"a", address)
 
     # The letter keeps the same text apart when it names different things.
-    def customer(self, *, id: str | None = None, source_id: str | None = None) -> str:  # noqa: A002  # Voucherify's name
-        """Of a customer; `id` wins over `source_id`, as it does at Voucherify."""
-        return self._digest(b"i", id) if id else self._digest(b"s", source_id or "")
+    def customer(
+        self,
+        *,
+        id: str | None = None,  # noqa: A002  # Voucherify's name
+        source_id: str | None = None,
+        signed: bool = False,
+    ) -> str:
+        """Of a customer; `id` wins over `source_id`, as it does at Voucherify.
+
+        Whom a token names (`signed`) is another than whom anybody may name: else a
+        stranger could use up a customer's limits, and take ids before it does.
+        """
+        if id:
+            return self._digest(b"i", id)
+        return self._digest(b"t" if signed else b"s", source_id or "")
 
     def _digest(self, kind: bytes, value: str) -> str:
         return blake2b(kind + value.encode(), key=self._key, digest_size=9).hexdigest()

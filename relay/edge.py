@@ -303,7 +303,9 @@ class Edge:
         return (
             event.id or self._new_id(),
             event.id is not None,
-            self._customer_digest(id=who.id, source_id=who.source_id),
+            self._customer_digest(
+                id=who.id, source_id=who.source_id, signed=ruling.signed
+            ),
             event.event,
             ruling.lane,
             ruling.delivery,

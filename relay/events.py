@@ -215,7 +215,9 @@ def _batch(body: bytes) -> Batch | None:
     except _FAULTS as fault:
         try:
             known = msgspec.json.decode(body, type=dict[str, Raw])
-        except _FAULTS:
+        except _FAULTS as worse:
+            if b'{"events"' in body[:40]:  # a batch that was cut off, and no event
+                raise _explain(worse, body) from worse
             return None  # malformed: explained once, by read_event
         if "events" in known:
             raise _explain(fault, body) from fault

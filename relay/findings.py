@@ -11,6 +11,7 @@ Code = Literal[
     "setting_doubtful",
     "catalog_doubtful",
     "no_catalog",
+    "ops_without_token",
     "anonymous_trusted",
     "any_origin",
     "tokens_dry_run",

@@ -29,6 +29,12 @@ from relay.signing import InvalidClaim, Signer
 MAX_BODY_BYTES = 64 * 1024
 MAX_SAID = 160  # characters of a parser's complaint
 
+# What proxies add to a request that they pass on.
+PROXIED = (
+    *("forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto"),
+    "x-real-ip",
+)
+
 Check = Callable[[], Awaitable[str]]
 
 
@@ -129,6 +135,14 @@ def _refusal(request: Request, token: SecretStr | None) -> JSONResponse | None:
             "ops_token",
             "Send Authorization: Bearer and the RELAY_OPS_TOKEN.",
             {"WWW-Authenticate": "Bearer"},
+        )
+    # A proxy on this machine passes strangers on under a name of this machine's own.
+    if any(name in request.headers for name in PROXIED):
+        return _problem(
+            403,
+            "ops_host",
+            "Without RELAY_OPS_TOKEN this takes nothing that came through a proxy: set "
+            "it, and keep the ops listener away from public names.",
         )
     # A web page can reach loopback, by its own requests and by a name of its own that
     # points there (DNS rebinding); neither can leave these headers as they should be.

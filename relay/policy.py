@@ -48,6 +48,7 @@ class Ruling:
     delivery: str
     ttl_ms: int
     special: Special | None
+    signed: bool  # a token names the customer
 
 
 class Policy:
@@ -112,8 +113,27 @@ class Policy:
             lane=rule.priority,
             delivery=rule.delivery or ("at_most_once" if paying else "at_least_once"),
             ttl_ms=self._ttl_ms if rule.ttl_s is None else rule.ttl_s * 1000,
-            special=_special(event, rule, identity, mode, now),
+            signed=identity is not None,
+            special=_special(
+                event,
+                rule,
+                identity,
+                # Used up in a trial, it is as if there were no token: so it may only
+                # be let through where that would be.
+                now=now,
+                trial=mode == "dry_run" and self._passes_unknown(event, sender, rule),
+            ),
         )
+
+    def _passes_unknown(self, event: Event, sender: Sender, rule: Rule) -> bool:
+        """Whether the event would get this far without its token."""
+        if not sender.allowed:
+            return False
+        try:
+            self._check_fields(event, identified(event), rule, None)
+        except Refused:
+            return False
+        return True
 
     # --- the rules ----------------------------------------------------------------
 
@@ -252,7 +272,12 @@ def _fields(customer: Customer) -> frozenset[str]:
 
 
 def _special(
-    event: Event, rule: Rule, identity: Identity | None, mode: str, now: float
+    event: Event,
+    rule: Rule,
+    identity: Identity | None,
+    *,
+    now: float,
+    trial: bool,
 ) -> Special | None:
     """What admission has to count beside the limits; None for most events."""
     limit = rule.limit
@@ -269,7 +294,7 @@ def _special(
         uses or 0,
         # Longer than any relay takes the token, whose clock may be behind this one.
         int((identity.expires_at - now + LEEWAY_S) * 1000) if identity else 0,
-        mode == "dry_run",
+        trial,
     )
 
 

@@ -122,7 +122,8 @@ def _judge_answer(answer: httpx.Response) -> Iterator[Finding]:
             code="cluster_failing",
             about="RELAY_CLUSTER",
             detail=f"The cluster answers {answer.status_code}.",
-            cure="See Voucherify's status page; the queue is kept meanwhile.",
+            cure="See Voucherify's status page; the queue is kept meanwhile. In "
+            "Voucherify: Project Settings, General has the API endpoint to compare.",
         )
         return
     kind = answer.headers.get("content-type", "")
@@ -194,6 +195,16 @@ def _away(settings: Settings, error: Exception) -> Finding:
             "are not checked.",
             cure="Run relay check again while the relay runs.",
         )
+    # In the words of the server, or of its client.
+    said = " ".join(str(cause) for cause in _causes(error))
+    if "DB index" in said or "Invalid Database" in said:
+        return Finding(
+            level="fault",
+            code="redis_unreachable",
+            about="RELAY_REDIS_URL",
+            detail="Redis has no database of the number that ends the URL.",
+            cure="Correct the number: Redis has 0 to 15 unless it is set otherwise.",
+        )
     if isinstance(error, (ValueError, ResponseError)):
         return Finding(
             level="fault",
@@ -251,7 +262,7 @@ async def _fsync(url: str) -> list[Finding]:
         return []
     return [
         Finding(
-            level="warning",
+            level="fault",
             code="redis_fsync_off",
             about="Redis",
             # Linux usually writes it every 30 s (Redis documentation, "Persistence").
@@ -272,7 +283,7 @@ def _judge_server(info: Mapping[str, str]) -> Iterator[Finding]:
     policy = info.get("maxmemory_policy", "noeviction")
     if policy.startswith("volatile"):
         yield redis(
-            "warning",
+            "fault",
             "redis_evicts_marks",
             f"When its memory is full, Redis evicts limits and ids ({policy}): an "
             "event that is sent again could count twice.",
@@ -365,7 +376,7 @@ async def _day(queue: Queue) -> dict[str, int]:
 def _judge_day(settings: Settings, day: Mapping[str, int]) -> Iterator[Finding]:
     if day.get("untrusted_proxy"):
         yield Finding(
-            level="warning",
+            level="fault",  # shoppers beyond one address' limit are refused
             code="untrusted_proxy",
             about="RELAY_TRUSTED_PROXIES",
             detail=f"{day['untrusted_proxy']} requests came with X-Forwarded-For from "
@@ -375,6 +386,7 @@ def _judge_day(settings: Settings, day: Mapping[str, int]) -> Iterator[Finding]:
             "network.",
         )
     accepted = day.get("received", 0) - sum(day.get(str(o), 0) for o in NOT_QUEUED)
+    accepted -= day.get("reason:gpc", 0)  # dropped before the queue
     calls = calls_a_day(settings.upstream_budget)
     if calls is not None and accepted > calls:
         # What is too much each day waits ever longer, and in the end expires.
@@ -387,5 +399,6 @@ def _judge_day(settings: Settings, day: Mapping[str, int]) -> Iterator[Finding]:
             f"{accepted}: at this rate events begin to expire after "
             f"{lasts_s / DAY_S:.1f} days.",
             cure="Raise it if Voucherify allows more calls, use "
-            "RELAY_UPSTREAM_API=server, or send less: coalesce in the catalogue.",
+            "RELAY_UPSTREAM_API=server, or send less: coalesce in the catalogue. In "
+            "Voucherify: Organization Settings, Subscription has the plan's calls.",
         )

@@ -2,8 +2,9 @@
 
 A new version takes effect as a whole, once nobody writes into it any more. A faulty,
 empty or vanished one changes nothing: the last good one stays in force, and the log
-and `/readyz` say so. What cannot be seen is a file that was cut between two of its
-tables and left so. Looking costs one `stat`; whoever owns this decides how often.
+and `/readyz` say so. So does one that is only the beginning of the version in force,
+for it was probably cut off, until somebody asks for it (SIGHUP). Looking costs one
+`stat`; whoever owns this decides how often.
 """
 
 import os
@@ -67,7 +68,11 @@ class CatalogFile:
         self._seen = seen
         before = self.text
         try:
-            self._take(self._read())
+            text = self._read()
+            if not at_once and _is_cut(text, before):
+                parse_catalog(text, max_ttl_s=self._max_ttl_s)  # its own faults first
+                raise CatalogError([_CUT])
+            self._take(text)
         except CatalogError as error:
             self.refused = error.faults[0]
             log.error("catalog.refused", file=str(self._path), faults=error.faults)
@@ -107,3 +112,14 @@ class CatalogFile:
     def _is_fresh(self, seen: _Seen | None) -> bool:
         """Whether somebody may still be writing. A time to come is another clock's."""
         return seen is not None and 0 <= self._clock() - seen[1] / 1e9 < SETTLED_S
+
+
+# A prefix of TOML is TOML, and may have lost the line that asks for a token.
+_CUT = (
+    "it is only the beginning of the version in force, as if it were cut off: write it "
+    "whole, or send SIGHUP if it is meant"
+)
+
+
+def _is_cut(text: str, before: str) -> bool:
+    return text != before and before.startswith(text.rstrip())

@@ -149,6 +149,7 @@ WHERE = {
     "oauth_scope": "Name the permission for custom events that the key's role has",
     "origin": "It must be on the project's list in Voucherify: Project Settings, "
     "Client-side Settings",
+    "cluster": "Voucherify shows the API endpoint in Project Settings, General",
 }
 
 

@@ -33,7 +33,7 @@ from relay.events import Refused
 from relay.sandbox.oauth import Token
 from relay.sandbox.server import SandboxServer
 from relay.settings import SECRETS, Settings, variable
-from relay.signing import InvalidClaim, TokenRefused
+from relay.signing import InvalidClaim, Signer, TokenRefused
 from tests.leaks import Kind, Recorder
 
 OVERLAP = 4096  # of an output that is read again, so that no look cuts a value in two
@@ -110,6 +110,7 @@ class Listener:
         _log_as_relay_does()
         listening(SecretStr, "__init__", self._configured)
         listening(Token, "__init__", self._minted)
+        listening(Signer, "sign", self._signed)
         listening(SandboxServer, "startup", self._fake)
         listening(SandboxServer, "shutdown", self._no_fake, before=True)
         listening(subprocess.Popen, "__init__", self._started)
@@ -143,6 +144,11 @@ class Listener:
 
     def _minted(self, token: Token, *_: object) -> None:
         self.recorder.secret(token.value, "an access token")
+
+    def _signed(
+        self, _signer: object, _args: object, _named: object, made: tuple[str, int]
+    ) -> None:
+        self.recorder.secret(made[0], "a token")
 
     # Programs
 

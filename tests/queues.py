@@ -1,6 +1,7 @@
 """Queues for tests: events made in a line, and a clock that tests move."""
 
 from collections.abc import Sequence
+from hashlib import sha1
 from itertools import count
 from pathlib import Path
 from typing import cast
@@ -50,6 +51,12 @@ def result(claimed: Claimed, verdict: str, **parts: object) -> Result:
         verdict=verdict,
         **{"reason": verdict, **parts},  # type: ignore[arg-type]  # the test names them right
     )
+
+
+def seen_key(queue: Queue, customer: str, event_id: str) -> str:
+    """Where it stands that this id was taken for this customer."""
+    digest = sha1(event_id.encode(), usedforsecurity=False).hexdigest()[:20]
+    return f"{queue.prefix}:seen:{customer}:{digest}"
 
 
 class Clock:

@@ -30,7 +30,7 @@ def settings(prefix: str, **more: str) -> Settings:
     environ = {
         "RELAY_ALLOWED_ORIGINS": SHOP,
         "RELAY_CLIENT_APPLICATION_ID": "app-1",
-        "RELAY_CLIENT_TOKEN": "tok-1",
+        "RELAY_CLIENT_TOKEN": "client-token-1a2b3c",
         "RELAY_ORIGIN": "shop.example",
         "RELAY_REDIS_PREFIX": prefix,
         **more,

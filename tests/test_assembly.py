@@ -91,7 +91,7 @@ def test_digests_are_made_of_the_secret_alone_and_never_change() -> None:
         allowed_origins="https://other.example",
         redis_prefix="other",
         limits="off",
-        ops_token="ops",
+        ops_token="ops-token-1a2b3c",
     )
     assert of_people() == others
     # Others would begin every limit anew, so this is as good as wire format.

@@ -130,6 +130,16 @@ async def test_each_wrong_setting_has_a_finding(tmp_path: Path) -> None:
     ("settings", "code", "level"),
     [
         ({"anonymous": "trusted"}, "anonymous_trusted", "warning"),
+        ({"anonymous": "auto"}, "anonymous_trusted", "fault"),
+        ({"allowed_origins": "https://*.com"}, "any_origin", "warning"),
+        ({"allowed_origins": "https://*.co.uk:8443"}, "any_origin", "warning"),
+        (
+            {"allowed_origins": "https://*.com", "anonymous": "trusted"},
+            "any_origin",
+            "fault",
+        ),
+        ({"origin": "http://shop.example"}, "http_origin", "warning"),
+        ({"signing_keys": "k" * 32, "ops_token": ""}, "ops_without_token", "warning"),
         ({"allowed_origins": "*"}, "any_origin", "warning"),
         ({"allowed_origins": "*", "anonymous": "trusted"}, "any_origin", "fault"),
         ({"signing_keys": "k" * 32, "tokens": "dry_run"}, "tokens_dry_run", "note"),
@@ -441,10 +451,10 @@ async def server(
     ("config", "code", "level"),
     [
         ({"appendonly": "no"}, "redis_not_persistent", "fault"),
-        ({"maxmemory_policy": "volatile-lru"}, "redis_evicts_marks", "warning"),
+        ({"maxmemory_policy": "volatile-lru"}, "redis_evicts_marks", "fault"),
         ({"maxmemory_policy": "allkeys-lru"}, "redis_unfit", "fault"),
         ({"maxmemory": "1100000"}, "redis_nearly_full", "warning"),
-        ({"appendfsync": "no"}, "redis_fsync_off", "warning"),
+        ({"appendfsync": "no"}, "redis_fsync_off", "fault"),
     ],
     ids=str,
 )
@@ -621,3 +631,58 @@ async def test_the_command_exits_with_3_and_shows_no_secret(tmp_path: Path) -> N
     assert done.returncode == 3
     told = json.loads(done.stdout)["findings"]
     assert {"level", "code", "about", "detail", "cure"} == set(told[0])
+
+
+@pytest.mark.parametrize(
+    "pages", ["https://*.shop.example", "https://*.localhost", "https://*.a.b.shop.com"]
+)
+async def test_a_star_before_a_domain_of_ones_own_is_no_finding(pages: str) -> None:
+    assert "any_origin" not in await found(allowed_origins=pages)
+
+
+@pytest.mark.parametrize(
+    "rules", ['[events.e]\ntoken = "off"\n', '[defaults]\ntoken = "optional"\n']
+)
+async def test_a_catalogue_that_relaxes_the_token_is_seen(
+    rules: str, tmp_path: Path
+) -> None:
+    (tmp_path / "c.toml").write_text(rules)
+    told = await found(
+        signing_keys="S3CRET-" + "k" * 32,
+        anonymous="trusted",
+        tokens="required",
+        catalog=str(tmp_path / "c.toml"),
+    )
+    assert "anonymous_trusted" in told
+
+
+async def test_what_is_set_in_voucherify_names_its_screen() -> None:
+    told = await found(origin="https://shop.example/path")
+    assert "Voucherify: Project Settings, Client-side" in told["setting"].cure
+    told = await found(cluster="http://api.voucherify.io")
+    assert "Project Settings, General" in told["setting"].cure
+    told = await found(cluster="api", upstream_budget="99/5s")
+    assert "In Voucherify: " in told["budget_above_limit"].cure
+
+
+async def test_what_the_privacy_signal_dropped_is_no_call(
+    valkey_url: str, prefix: str
+) -> None:
+    queue = Queue(url=valkey_url, prefix=prefix)
+    client = redis.asyncio.Redis.from_url(valkey_url)
+    try:
+        before = int((await queue.now()).timestamp()) - 7200
+        hour = time.strftime("%Y%m%d%H", time.gmtime(before))
+        counts = {"received": 200_000, "dropped": 200_000, "reason:gpc": 200_000}
+        key = f"{queue.prefix}:hour:{hour}"
+        await client.hset(key, mapping=counts)  # type: ignore[arg-type]  # numbers, too
+    finally:
+        await queue.aclose()
+        await client.aclose()
+    told = await found(redis_url=valkey_url, redis_prefix=prefix)
+    assert "budget_below_traffic" not in told
+
+
+async def test_a_database_that_is_not_there_is_told_as_that(valkey_url: str) -> None:
+    told = await found(redis_url=f"{valkey_url}?db=99")
+    assert "number" in told["redis_unreachable"].cure

@@ -28,6 +28,7 @@ from relay.limits import parse_limits
 from relay.origins import AllowedOrigins
 from relay.outcomes import Outcome
 from relay.policy import Policy
+from relay.signing import Signer
 
 SHOP = b"https://shop.example"
 PEER = "192.0.2.1"
@@ -45,6 +46,7 @@ def make(
     proxies: Sequence[str] = ("private", "unix"),
     allow_no_origin: bool = False,
     disabled: bool = False,
+    signer: Signer | None = None,
 ) -> Edge:
     return Edge(
         dialect=Beacons(disabled=disabled),
@@ -52,7 +54,7 @@ def make(
         proxies=TrustedProxies(proxies),
         limits=parse_limits(limits),
         digests=Digests(b"k"),
-        policy=Policy(ttl_ms=1000),
+        policy=Policy(ttl_ms=1000, signer=signer),
         allow_no_origin=allow_no_origin,
     )
 
@@ -852,3 +854,14 @@ def test_any_request_has_an_answer_of_the_documented_kind(
         document(response)
     elif response.body:
         assert json.loads(response.body)["events"]
+
+
+def test_a_stranger_is_not_the_customer_whom_a_token_names() -> None:
+    signer = Signer(["k" * 32])
+    edge = make(signer=signer)
+    made, _ = signer.sign(source_id="a", now=1)
+    stranger = admitted(EVENT, edge=edge).events[0]
+    named = admitted({**EVENT, "token": made}, edge=edge).events[0]
+    assert stranger[2] != named[2]
+    # The same to every relay with the key, and to the command that erases.
+    assert named[2] == Digests(b"k").customer(source_id="a", signed=True)

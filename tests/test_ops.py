@@ -19,7 +19,7 @@ from uvicorn._types import ASGIApplication
 
 from relay import __version__
 from relay.errors import QueueUnavailable
-from relay.ops import MAX_BODY_BYTES, Check, ops_app
+from relay.ops import MAX_BODY_BYTES, PROXIED, Check, ops_app
 from relay.signing import MAX_TTL_S, Identity, Signer
 from tests.programs import RELAY, running
 from tests.support import serve
@@ -484,3 +484,18 @@ def test_a_token_is_had_by_post_only(open_ops: httpx.Client, method: str) -> Non
     assert answer.headers["allow"] == "POST"
     # Not even a preflight tells a page that it might.
     assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+@pytest.mark.parametrize("name", PROXIED)
+def test_what_a_proxy_passes_on_gets_no_token(
+    name: str, open_ops: httpx.Client, guarded_ops: httpx.Client
+) -> None:
+    said = assert_problem(
+        ask(open_ops, {"source_id": "u1"}, **{name: "203.0.113.1"}), 403, "ops_host"
+    )
+    assert "RELAY_OPS_TOKEN" in said
+    bearer = f"Bearer {OPS.get_secret_value()}"
+    answer = ask(
+        guarded_ops, {"source_id": "u1"}, **{name: "203.0.113.1"}, authorization=bearer
+    )
+    assert answer.status_code == 200

@@ -681,6 +681,7 @@ def test_without_a_catalogue_the_defaults_count() -> None:
         delivery="at_least_once",
         ttl_ms=TTL_MS,
         special=None,
+        signed=False,
     )
 
 
@@ -1049,3 +1050,43 @@ def test_no_refusal_repeats_a_value_or_a_token(
     assert CANARY.lower() not in told.lower()
     for secret in (mine, theirs):
         assert not secret or secret not in told
+
+
+# --- what nobody gets round --------------------------------------------------------
+
+
+def trial(ruling: Ruling) -> bool:
+    """Whether a token that is used up would only be counted."""
+    assert ruling.special is not None
+    return ruling.special[-1]
+
+
+@pytest.mark.parametrize(
+    ("parts", "allowed", "expected"),
+    [
+        ({}, True, True),
+        ({"loyalty": {"code": "L"}}, True, False),
+        ({"customer": {"email": "a@shop.example"}}, True, False),
+        ({}, False, False),
+    ],
+    ids=["as-anybody", "loyalty", "profile", "no-origin"],
+)
+def test_a_trial_lets_a_used_up_token_pass_only_where_none_would_do(
+    parts: dict[str, object], allowed: bool, expected: bool
+) -> None:
+    rules = policy("dry_run", restricted=True)
+    who = sender(token(uses=1), allowed=allowed)
+    what = event(**parts)  # type: ignore[arg-type]  # its own keywords
+    assert trial(passed(rules, what, who)) is expected
+
+
+@pytest.mark.parametrize("name", [" e", "e ", "E", "\te"])
+def test_a_name_that_looks_like_a_listed_one_meets_its_rule(name: str) -> None:
+    rules = policy(rules=catalog('token = "required"'))
+    assert verdict(rules, event(name)) == unauthenticated("token_missing")
+    assert verdict(rules, event("else")) is None
+
+
+def test_a_customer_that_a_token_names_is_told_apart() -> None:
+    assert passed(policy(), event(), sender(token())).signed is True
+    assert passed(policy()).signed is False

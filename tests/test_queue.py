@@ -24,7 +24,7 @@ from relay.queue import (
     _reason,
     connect,
 )
-from tests.queues import SIMULATED, START_S, Bench, Clock, event, result
+from tests.queues import SIMULATED, START_S, Bench, Clock, event, result, seen_key
 
 pytestmark = pytest.mark.anyio
 
@@ -88,7 +88,7 @@ async def test_an_id_that_we_made_is_known_when_its_sender_repeats_it(
     made = event()
     assert await bench.codes(made) == [QUEUED]
     assert await bench.codes(event(made[0])) == [DUPLICATE]
-    key = f"{bench.queue.prefix}:seen:{made[2]}:{made[0]}"
+    key = seen_key(bench.queue, made[2], made[0])
     assert 0 < await bench.client.pttl(key) <= 120_000
 
 

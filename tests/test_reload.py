@@ -426,3 +426,21 @@ def test_a_version_that_never_was_good_is_refused_to_a_late_process_too(
 
 def test_a_text_for_no_file_is_no_rule() -> None:
     assert opened(None, text=GOOD).catalog is EMPTY
+
+
+def test_a_file_that_was_cut_off_is_refused_until_somebody_asks(path: Path) -> None:
+    whole = '[events.a]\ntoken = "required"\n[events.b]\ntoken = "required"\n'
+    path.write_text(whole)
+    file = opened(path)
+    # At the end of a line, where what is left is a catalogue and lifts a rule.
+    for cut in (whole[:-20], whole.partition("[events.b]")[0]):
+        path.write_text(cut)
+        assert file.poll() is False
+        assert "SIGHUP" in file.refused or "not TOML" in file.refused
+        assert file.text == whole
+    path.write_text(whole)
+    file.poll()
+    assert file.refused == ""
+    path.write_text(whole.partition("[events.b]")[0])
+    assert file.poll(at_once=True) is True
+    assert file.catalog.names == ("a",)

@@ -23,7 +23,7 @@ from relay.queue import (
     Queue,
     Special,
 )
-from tests.queues import SIMULATED, Bench, Clock, event, result
+from tests.queues import SIMULATED, Bench, Clock, event, result, seen_key
 from tests.support import eventually
 
 pytestmark = pytest.mark.anyio
@@ -179,7 +179,7 @@ async def test_a_coalesced_id_is_a_duplicate_when_it_comes_again(make: Make) -> 
     await bench.client.delete(f"{bench.queue.prefix}:coalesce:c:n")
     assert await bench.codes(second) == [DUPLICATE]
     assert await bench.codes(event("b", customer="c", name="n")) == [DUPLICATE]
-    left = await bench.client.pttl(f"{bench.queue.prefix}:seen:c:b")
+    left = await bench.client.pttl(seen_key(bench.queue, "c", "b"))
     assert DEDUPE_MS - 60_000 < left <= DEDUPE_MS
     # Another's id is not taken.
     assert await bench.codes(of("b", "d", coalesce_ms=WINDOW_MS)) == [QUEUED]
@@ -193,7 +193,7 @@ async def test_a_coalesced_event_without_an_id_is_forgotten_as_soon_as_others(
     assert await bench.codes(of(coalesce_ms=WINDOW_MS), made) == [QUEUED, COALESCED]
     # An id of the relay's own making is known for two minutes, as when it is queued:
     # else page views of anybody would fill Redis with a day of them.
-    assert await bench.client.pttl(f"{bench.queue.prefix}:seen:c:{made[0]}") <= 120_000
+    assert await bench.client.pttl(seen_key(bench.queue, "c", made[0])) <= 120_000
 
 
 async def test_what_is_coalesced_is_charged_nowhere(make: Make) -> None:

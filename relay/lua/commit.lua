@@ -150,7 +150,8 @@ local function admit(request_ip, event)
     refuse(name, 'rate_limited', 'rate_limited_' .. dims[refuser][1])
     return 2 + refuser, wait
   end
-  local seen = P .. ':seen:' .. customer .. ':' .. id  -- another's id is not taken
+  -- Another's id is not taken; and a digest, for a sender may put a name into its id.
+  local seen = P .. ':seen:' .. customer .. ':' .. string.sub(redis.sha1hex(id), 1, 20)
   local charges = {}
   if special then
     -- Before what it may have used up itself: who sends an event again because the

@@ -217,6 +217,10 @@ async def refused(shop: Shop) -> None:
     assert (await shop.send(shop.joe | {shop.keys["ops_token"][:9]: 1}))[0] == 400
     page = {"event": "bought", "customer": shop.joe}
     assert (await shop.post(shop.track, page, Origin="https://else.example"))[0] == 403
+    assert (await shop.post(f"{shop.track}/else", page))[0] == 404
+    async with aiohttp.ClientSession() as session, session.get(shop.track) as answer:
+        assert answer.status == 405
+        await answer.read()
     host, port = shop.track.split("/")[2].split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     writer.write(f"{shop.keys['client_token']} {shop.jane['email']}\r\n\r\n".encode())
