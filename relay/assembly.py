@@ -20,11 +20,13 @@ import uvicorn
 from pydantic import SecretStr
 
 from relay.catalog import Catalog, CatalogError
+from relay.counters import time_of
 from relay.digests import Digests
 from relay.errors import QueueUnavailable, RelayError, SettingsError
 from relay.forwarder import Forwarder
 from relay.grants import EVENT_SCOPES, Grant
 from relay.ops import Check, ops_app
+from relay.outcomes import Hold
 from relay.policy import Policy
 from relay.queue import Queue
 from relay.reload import CatalogFile
@@ -191,6 +193,7 @@ class Station:
         self._stopping = asyncio.Event()
         self._ops_socket = ops_socket
         self._reap_every_s = reap_every_s
+        self._held = False  # by hand, as far as this process has noticed
         self._unfit: str | None = None  # why this Redis may not be used
         # A name nobody had before: a slot refuses numbers that it has seen.
         self._slot, self._seq = f"ready-{token_hex(6)}", 0
@@ -270,7 +273,7 @@ class Station:
             try:
                 if self._unfit is not None:
                     await self._look_at_redis()
-                await self.queue.reap()
+                await self._notice_hold(await self.queue.reap())
                 away = False
             except QueueUnavailable as error:
                 if not away:
@@ -282,6 +285,17 @@ class Station:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._reap_every_s):
                     await self._stopping.wait()
+
+    async def _notice_hold(self, gauges: dict[str, str]) -> None:
+        """Log a hold by hand where logs are collected: who holds sits elsewhere."""
+        held = gauges.get("hold") == Hold.BY_HAND
+        if held and not self._held:
+            flow = await self.queue.hash("flow")
+            since = time_of(int(flow.get("by_hand_since_ms", 0)))
+            log.warning("delivery.held", reason=flow.get(Hold.BY_HAND), since=since)
+        elif self._held and not held:
+            log.warning("delivery.resumed")
+        self._held = held
 
     @asynccontextmanager
     async def _ops(self) -> AsyncIterator[None]:

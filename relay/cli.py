@@ -28,6 +28,7 @@ from relay.outcomes import CURES
 from relay.settings import Role, Settings, load_settings
 
 if TYPE_CHECKING:  # all of it takes a second to import
+    from rich.console import Console
     from rich.table import Table
 
     from relay.catalog import Catalog
@@ -36,6 +37,7 @@ if TYPE_CHECKING:  # all of it takes a second to import
 T = TypeVar("T")
 
 FAILED, USAGE, CHECK_FAILED = 1, 2, 3
+MAX_REASON = 200  # characters, of a hold by hand
 STOPS = (signal.SIGTERM, signal.SIGINT)
 
 app = typer.Typer(
@@ -162,6 +164,50 @@ def stats(*, as_json: AsJson = False) -> None:
         typer.echo(json.dumps(shown, indent=2))
     else:
         _show(shown)
+
+
+@app.command()
+def hold(
+    reason: Annotated[
+        str,
+        typer.Option(help="Why, and who; everybody sees it, so no personal data."),
+    ] = "",
+) -> None:
+    """Hold delivery in every process until `relay resume`; events are taken as before.
+
+    What is on its way to Voucherify finishes.
+    """
+    from relay.counters import time_of
+
+    if len(reason) > MAX_REASON or not reason.isprintable():
+        raise typer.BadParameter(
+            f"one line of at most {MAX_REASON} characters.", param_hint="--reason"
+        )
+    settings = _settings(Role.READ)
+    since_ms, told, _ = asyncio.run(_on_queue(settings, lambda q: q.hold(reason)))
+    since = time_of(since_ms)
+    structlog.get_logger().warning("delivery.held", reason=told, since=since)
+    typer.echo(f"Delivery is held since {since}. relay resume lets it go on.")
+
+
+@app.command()
+def resume() -> None:
+    """Lift the hold by hand. An automatic one is probed at once, and ends by itself."""
+    from relay.counters import time_of
+
+    settings = _settings(Role.READ)
+    since_ms, reason, automatic = asyncio.run(_on_queue(settings, lambda q: q.resume()))
+    if since_ms:
+        since = time_of(since_ms)
+        structlog.get_logger().warning("delivery.resumed", reason=reason, since=since)
+        typer.echo(f"The hold by hand since {since} is lifted.")
+    else:
+        typer.echo("Nobody held delivery by hand.")
+    if automatic:
+        typer.echo(
+            f"Delivery is still held: {automatic}. One event is tried at once, and "
+            f"delivery goes on when it gets through. {CURES.get(automatic, '')}"
+        )
 
 
 @app.command()
@@ -568,13 +614,10 @@ def _show(shown: dict[str, object]) -> None:
     from rich.table import Table
 
     console = Console()
-    hold = shown["hold"]
-    if isinstance(hold, dict):
-        console.print(
-            f"[bold red]Delivery is held: {hold['hold']}[/] ({hold['reason']}) since "
-            f"{hold['since']}; next try {hold['next_probe']}. "
-            f"{CURES.get(str(hold['hold']), '')}"
-        )
+    held = shown["hold"]
+    while isinstance(held, dict):
+        _show_hold(console, held)
+        held = held.get("automatic")
     for title in ("gauges", "totals"):
         values = shown[title]
         assert isinstance(values, dict)  # noqa: S101  # as counters.stats makes it
@@ -589,6 +632,18 @@ def _show(shown: dict[str, object]) -> None:
     for day, families in browser.items():
         if families:
             console.print(_browsers(day, families))
+
+
+def _show_hold(console: "Console", held: dict[str, object]) -> None:
+    from rich.markup import escape
+
+    reason = escape(str(held["reason"] or "no reason given"))
+    probes = held["hold"] != "by_hand"
+    again = f"; next try {held['next_probe'] or 'at once'}" if probes else ""
+    console.print(
+        f"[bold red]Delivery is held: {held['hold']}[/] ({reason}) since "
+        f"{held['since']}{again}. {CURES.get(str(held['hold']), '')}"
+    )
 
 
 def _browsers(day: str, families: dict[str, dict[str, int]]) -> "Table":

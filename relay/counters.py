@@ -5,7 +5,7 @@ Only reads. The scripts write these hashes, so every process shows the same figu
 
 from datetime import UTC, datetime, timedelta
 
-from relay.outcomes import Outcome
+from relay.outcomes import Hold, Outcome
 from relay.queue import Queue
 
 GAUGES = (
@@ -66,6 +66,19 @@ def _by_family(fields: dict[str, str]) -> dict[str, dict[str, int]]:
 
 
 def _hold(flow: dict[str, str]) -> dict[str, object] | None:
+    """What holds delivery. Behind a hold by hand may be an automatic one."""
+    if Hold.BY_HAND in flow:
+        return {
+            "hold": str(Hold.BY_HAND),
+            "reason": flow[Hold.BY_HAND],
+            "since": _time(flow.get("by_hand_since_ms")),
+            "next_probe": None,
+            "automatic": _automatic(flow),
+        }
+    return _automatic(flow)
+
+
+def _automatic(flow: dict[str, str]) -> dict[str, object] | None:
     if "hold" not in flow:
         return None
     return {
@@ -77,9 +90,12 @@ def _hold(flow: dict[str, str]) -> dict[str, object] | None:
 
 
 def _time(ms: str | None) -> str | None:
-    if not ms:
-        return None
-    return datetime.fromtimestamp(int(ms) / 1000, UTC).isoformat(timespec="seconds")
+    return time_of(int(ms)) if ms else None
+
+
+def time_of(ms: int) -> str:
+    """A time as the operator reads it everywhere: UTC, to the second."""
+    return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="seconds")
 
 
 def _number(text: str) -> int | float | str | None:

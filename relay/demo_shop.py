@@ -250,8 +250,10 @@ def waiting(figures: dict[str, object]) -> dict[str, object]:
 
 def _said(n: int, *, eta_s: int, again: bool, hold: str | None) -> str:
     events = "1 event waits" if n == 1 else f"{n} events wait"
-    if hold is not None and n == 0:
+    if hold not in (None, "by_hand") and n == 0:
         return "Delivery is held; the relay tries again with the next event."
+    if hold == "by_hand":
+        return f"{events}. {CURES[hold]}"
     if hold == "breaker_open":
         return f"Voucherify is down: {events}; the relay tries again by itself."
     if hold is not None:

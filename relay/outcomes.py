@@ -34,6 +34,7 @@ class Hold(StrEnum):
     PLAN = "plan_hold"  # 402, or the plan's calls for this cycle are spent.
     CONFIG = "config_hold"  # 3xx, 405, 406, 415: this is not the API we speak.
     BREAKER = "breaker_open"  # Voucherify is down: connect errors, 5xx, timeouts.
+    BY_HAND = "by_hand"  # A person said `relay hold`; no probe ends it.
 
 
 # What the operator does about a hold; the same words in docs/operations.md.
@@ -47,4 +48,5 @@ CURES = {
     "config_hold": "This is not the API the relay speaks: check RELAY_CLUSTER.",
     "breaker_open": "Voucherify is down or unreachable: see its status page; the "
     "relay tries again by itself.",
+    "by_hand": "Somebody held delivery: `relay resume` lets it go on.",
 }

@@ -324,8 +324,8 @@ def _judge_stats(settings: Settings, shown: Mapping[str, object]) -> Iterator[Fi
             level="fault",
             code="delivery_held",
             about="delivery",
-            detail=f"Delivery is held: {hold['hold']} ({hold['reason']}), since "
-            f"{hold['since']}.",
+            detail=f"Delivery is held: {hold['hold']} "
+            f"({hold['reason'] or 'no reason'}), since {hold['since']}.",
             cure=CURES.get(str(hold["hold"]), "See docs/operations.md."),
         )
     if gauges["unaccounted"]:

@@ -1,4 +1,4 @@
-"""The durable queue in Redis: seven scripts, and the one place that knows redis-py.
+"""The durable queue in Redis: its scripts, and the one place that knows redis-py.
 
 Every change of an event's state is one Lua script, so a crash leaves it before or
 after, never between; counters move in the same script as the event they count.
@@ -146,7 +146,7 @@ class Script:
 
 
 class Scripts:
-    """The seven scripts. A simulation hands in its own clock, as Lua for lib.lua."""
+    """All scripts. A simulation hands in its own clock, as Lua for lib.lua."""
 
     def __init__(self, *, clock: str = SERVER_CLOCK) -> None:
         self.commit = Script("commit", clock=clock)
@@ -156,6 +156,7 @@ class Scripts:
         self.reap = Script("reap", clock=clock)
         self.token = Script("token", clock=clock)
         self.forget = Script("forget", clock=clock)
+        self.hold = Script("hold", clock=clock)
 
 
 def connect(url: str, *, timeout: float, connections: int) -> Redis:
@@ -301,6 +302,26 @@ class Queue:
             )
         flat = [part.decode() for part in cast("list[bytes]", said)]
         return dict(zip(flat[::2], flat[1::2], strict=True))
+
+    async def hold(self, reason: str) -> tuple[int, str, str]:
+        """Hold delivery by hand, for every process, until `resume`.
+
+        Gives since when in ms, the reason that stands, and the automatic hold or "".
+        """
+        return await self._by_hand("hold", reason)
+
+    async def resume(self) -> tuple[int, str, str]:
+        """Lift the hold by hand, and let an automatic one probe at once.
+
+        Gives since when it was held by hand in ms, 0 if it was not; likewise the rest.
+        """
+        return await self._by_hand("resume", "")
+
+    async def _by_hand(self, what: str, reason: str) -> tuple[int, str, str]:
+        async with self._asking():
+            said = await self._scripts.hold(self._ops, self.prefix, what, reason)
+        since_ms, told, automatic = cast("tuple[int, bytes, bytes]", said)
+        return since_ms, told.decode(), automatic.decode()
 
     async def doorbell(self, last: Sequence[str], block_ms: int) -> None:
         """Return when a lane has an entry newer than `last`, or after `block_ms`.

@@ -9,6 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 from redis import Redis
+from structlog.testing import capture_logs
 
 from relay.assembly import (
     REAP_EVERY_S,
@@ -270,3 +271,27 @@ async def test_the_gauges_are_kept_fresh_by_the_station_alone(
             return await written() != first
 
         await eventually(again, within=2 * REAP_EVERY_S + 0.5)
+
+
+async def test_a_hold_by_hand_is_logged_by_the_relay_and_leaves_it_ready(
+    valkey_url: str, prefix: str
+) -> None:
+    with capture_logs() as lines:
+        async with running(valkey_url, redis_prefix=prefix) as (station, client):
+
+            def said(name: str) -> list[dict[str, object]]:
+                return [dict(line) for line in lines if line["event"] == name]
+
+            async def held() -> object:
+                return said("delivery.held")
+
+            async def resumed() -> object:
+                return said("delivery.resumed")
+
+            await station.queue.hold("Ana")
+            await eventually(held)
+            assert (await checks(client))[0] == 200
+            await station.queue.resume()
+            await eventually(resumed)
+    [line] = said("delivery.held")
+    assert line["reason"] == "Ana"

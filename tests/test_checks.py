@@ -19,6 +19,7 @@ import redis.asyncio
 from relay.checks import check, own_network
 from relay.findings import Code, Finding, lines
 from relay.limits import calls_a_day, most_calls, parse_budget
+from relay.outcomes import CURES
 from relay.queue import Queue
 from relay.sandbox.config import SandboxConfig
 from relay.sandbox.server import serve_sandbox
@@ -567,6 +568,20 @@ async def test_the_private_server_is_looked_at_while_it_runs(tmp_path: Path) -> 
     async with server(tmp_path / "data"):
         told = await found(redis_url="", data_dir=str(tmp_path / "data"))
         assert told.keys() == {"sandbox_cluster", "cluster_unreachable"}
+
+
+async def test_a_hold_by_hand_is_a_fault_with_its_reason(
+    valkey_url: str, prefix: str
+) -> None:
+    queue = Queue(url=valkey_url, prefix=prefix)
+    try:
+        await queue.hold("Ana, until noon")
+    finally:
+        await queue.aclose()
+    told = await found(redis_url=valkey_url, redis_prefix=prefix)
+    held = told["delivery_held"]
+    assert (held.level, held.cure) == ("fault", CURES["by_hand"])
+    assert "by_hand (Ana, until noon), since 2" in held.detail
 
 
 async def test_what_the_counters_say_is_told(valkey_url: str, prefix: str) -> None:

@@ -280,6 +280,40 @@ def test_stats_for_people_begins_with_what_holds_delivery_and_its_cure(
     assert "12345" in said
 
 
+def test_a_hold_by_hand_is_set_shown_and_lifted(
+    valkey_url: str, prefix: str, tmp_path: Path
+) -> None:
+    where = {"redis_url": valkey_url, "redis_prefix": prefix}
+    reason = "[red]Ana[/], until noon"
+    done = relay(tmp_path, "hold", "--reason", reason, **where)
+    assert (done.returncode, done.stdout[:24]) == (0, "Delivery is held since 2")
+    logged = json.loads(done.stderr)
+    assert (logged["event"], logged["reason"]) == ("delivery.held", reason)
+    with Redis.from_url(valkey_url) as ask:
+        held = {"hold": "auth_hold", "hold_reason": "http_401", "since_ms": 1}
+        ask.hset(f"{{{prefix}}}:flow", mapping=held | {"probe_at_ms": 9 * 10**12})
+        said = " ".join(relay(tmp_path, "stats", **where).stdout.split())
+        assert said.startswith(f"Delivery is held: by_hand ({reason}) since 2")
+        assert "`relay resume` lets it go on. Delivery is held: auth_hold" in said
+        told = json.loads(relay(tmp_path, "stats", "--json", **where).stdout)
+        assert told["hold"]["reason"] == reason
+        done = relay(tmp_path, "resume", **where)
+        first, second = done.stdout.splitlines()
+        assert (done.returncode, first[:24]) == (0, "The hold by hand since 2")
+        assert second.startswith("Delivery is still held: auth_hold. One event is ")
+        assert set(held) == {n.decode() for n in ask.hkeys(f"{{{prefix}}}:flow")}
+        ask.delete(f"{{{prefix}}}:flow")
+    done = relay(tmp_path, "resume", **where)
+    assert (done.stdout, done.stderr) == ("Nobody held delivery by hand.\n", "")
+
+
+@pytest.mark.parametrize("reason", ["x" * 201, "two\nlines", "\x1b[2J"], ids=repr)
+def test_the_reason_of_a_hold_is_one_short_line(reason: str, tmp_path: Path) -> None:
+    done = relay(tmp_path, "hold", "--reason", reason)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "one line of at most 200 characters" in " ".join(done.stderr.split())
+
+
 def test_stats_for_people_shows_what_never_left_the_browser(
     valkey_url: str, prefix: str, tmp_path: Path
 ) -> None:

@@ -123,6 +123,27 @@ async def test_a_hold_says_why_since_when_and_when_it_is_tried_again(
     assert shown["gauges"]["hold"] == "auth_hold"
 
 
+async def test_a_hold_by_hand_is_told_with_the_automatic_one_behind_it(
+    bench: Bench,
+) -> None:
+    await bench.queue.hold("Ana, until noon")
+    hold = (await stats(bench.queue))["hold"]
+    assert isinstance(hold, dict)
+    assert (hold["hold"], hold["reason"]) == ("by_hand", "Ana, until noon")
+    assert (hold["next_probe"], hold["automatic"]) == (None, None)
+    assert datetime.fromisoformat(hold["since"]).utcoffset() == timedelta(0)
+    await bench.take(event())
+    assert await bench.claim() == []
+    await bench.queue.resume()
+    [claimed] = await bench.claim()
+    await bench.queue.hold("")
+    refused = result(claimed, "wait", reason="http_401", signal="auth_hold")
+    await bench.settle(refused)
+    hold = (await stats(bench.queue))["hold"]
+    assert isinstance(hold, dict)
+    assert hold["automatic"]["hold"] == "auth_hold"
+
+
 async def test_without_redis_it_says_so(prefix: str) -> None:
     queue = Queue(url="redis://127.0.0.1:9", prefix=prefix)  # the discard port
     try:

@@ -477,6 +477,11 @@ CASES = [
         id="down-and-empty",
     ),
     pytest.param(
+        figures("by_hand"),
+        "0 events wait. Somebody held delivery: `relay resume` lets it go on.",
+        id="by-hand-and-empty",
+    ),
+    pytest.param(
         figures("config_hold", queued=1),
         "Delivery is held, 1 event waits. This is not the API the relay speaks: check "
         "RELAY_CLUSTER.",

@@ -1,4 +1,4 @@
-"""The queue's five scripts, on every server that the relay supports."""
+"""The queue's scripts, on every server that the relay supports."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -483,6 +483,71 @@ async def test_a_hold_keeps_the_queue_probes_with_one_and_ends_by_itself(
     await bench.clock.pass_ms(30_000)  # the two that had met the hold come last
     assert len(await bench.claim()) == 2
     assert (await bench.gauges())["hold"] == ""
+
+
+async def test_a_hold_by_hand_stops_every_forwarder_and_every_probe(
+    make: Make,
+) -> None:
+    bench = await make()
+    await bench.take(*(event() for _ in range(3)))
+    [first] = await bench.claim(1)
+    since_ms, reason, automatic = await bench.queue.hold("Ana")
+    assert (since_ms, reason, automatic) == (bench.clock.us // 1000, "Ana", "")
+    assert (await bench.gauges())["hold"] == "by_hand"
+    for consumer in ("a", "b"):
+        tick = await bench.queue.tick(consumer, 5, look_out=False)
+        assert (tick.claimed, tick.wait_ms, tick.probe) == ([], 1_000, False)
+    # What was on its way finishes, and its success lifts nothing.
+    await bench.settle(result(first, "delivered", signal="ok"))
+    await bench.clock.pass_ms(86_400_000 // 48)
+    assert await bench.claim() == []
+    assert await bench.queue.hold("Bo") == (since_ms, "Bo", "")
+    assert await bench.queue.resume() == (since_ms, "Bo", "")
+    assert await bench.queue.resume() == (0, "", "")
+    assert len(await bench.claim()) == 2
+    assert (await bench.gauges())["hold"] == ""
+
+
+async def test_a_hold_by_hand_and_an_automatic_one_do_not_lift_each_other(
+    make: Make,
+) -> None:
+    bench = await make()
+    await bench.take(*(event() for _ in range(3)))
+    first, second = await bench.claim(2)
+    await bench.queue.hold("")
+    await bench.settle(result(first, "wait", signal="auth_hold"))
+    assert (await bench.gauges())["hold"] == "by_hand"
+    assert (await bench.queue.hash("flow"))["hold"] == "auth_hold"
+    await bench.clock.pass_ms(3_600_000)
+    assert await bench.claim() == []  # however long the probe is due
+    assert (await bench.queue.resume())[2] == "auth_hold"
+    assert (await bench.gauges())["hold"] == "auth_hold"
+    tick = await bench.queue.tick("a", 5, look_out=False)
+    assert (len(tick.claimed), tick.probe) == (1, True)
+    await bench.settle(result(second, "delivered"))
+    await bench.settle(result(tick.claimed[0], "delivered", signal="ok", probe=True))
+    assert (await bench.gauges())["hold"] == ""
+
+
+async def test_to_resume_makes_an_automatic_hold_probe_at_once(make: Make) -> None:
+    bench = await make()
+    await bench.take(event(), event())
+    [first] = await bench.claim(1)
+    await bench.settle(result(first, "wait", signal="config_hold"))
+    assert await bench.claim() == []
+    assert await bench.queue.resume() == (0, "", "config_hold")
+    assert len(await bench.claim()) == 1
+
+
+async def test_a_clock_that_steps_back_takes_the_hold_by_hand_with_it(
+    make: Make,
+) -> None:
+    bench = await make()
+    await bench.claim()
+    since_ms, *_ = await bench.queue.hold("")
+    await bench.clock.pass_ms(-60_000)
+    await bench.claim()
+    assert (await bench.queue.resume())[0] == since_ms - 60_000
 
 
 async def test_a_settle_that_is_repeated_says_nothing_new(make: Make) -> None:

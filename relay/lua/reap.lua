@@ -47,12 +47,15 @@ for _, outcome in ipairs(OUTCOMES) do
   unaccounted = unaccounted - tonumber(call('HGET', total, outcome) or 0)
 end
 local waiting, rate = length + delayed, tonumber(ARGV[1])
+local flow = P .. ':flow'
+local hold = call('HEXISTS', flow, 'by_hand') == 1 and 'by_hand'
+  or call('HGET', flow, 'hold') or ''
 local paused = math.max(0, tonumber(call('GET', P .. ':pause:' .. ARGV[3]) or 0) - now_ms)
 call('HSET', gauges,
   'queued', length - in_flight, 'in_flight', in_flight, 'delayed', delayed,
   'dead', call('XLEN', P .. ':dead'), 'spooled', spooled,
   'unaccounted', unaccounted, 'oldest_age_ms', now_ms - oldest,
   'eta_s', math.ceil((rate > 0 and waiting / rate or 0) + paused / 1000),
-  'budget_per_s', ARGV[1], 'hold', call('HGET', P .. ':flow', 'hold') or '',
+  'budget_per_s', ARGV[1], 'hold', hold,
   'updated_at_ms', now_ms)
 return call('HGETALL', gauges)

@@ -46,7 +46,7 @@ local workers = P .. ':workers'
 local last_ms = tonumber(call('HGET', flow, 'last_ms') or now_ms)
 local back_ms = last_ms - now_ms
 if back_ms > 1000 then
-  for _, field in ipairs({'probe_at_ms', 'since_ms'}) do
+  for _, field in ipairs({'probe_at_ms', 'since_ms', 'by_hand_since_ms'}) do
     if call('HEXISTS', flow, field) == 1 then call('HINCRBY', flow, field, -back_ms) end
   end
   call('DEL', P .. ':pause:' .. egress)
@@ -65,11 +65,14 @@ call('HSET', flow, 'last_ms', now_ms)
 call('HSET', workers, consumer, now_ms)
 
 local out, wait_ms, probe = {}, -1, false
+local HELD_LOOK_MS = 1000  -- how soon a lifted hold by hand is noticed
 
 -- What holds delivery back: a hold, or a pause that Voucherify asked for.
 local hold = call('HGET', flow, 'hold')
 local allowed = wanted
-if hold then
+if call('HEXISTS', flow, 'by_hand') == 1 then  -- a person's word: not even a probe
+  allowed, wait_ms = 0, HELD_LOOK_MS
+elseif hold then
   local probe_at = tonumber(call('HGET', flow, 'probe_at_ms') or 0)
   if probe_at <= now_ms then
     allowed, probe = math.min(1, wanted), true
