@@ -80,8 +80,13 @@ async def forget(
     # with a forwarder meanwhile is counted as in flight.
     for _ in range(MAX_ROUNDS):
         last = _Round()
+        # A replay moves dead letters to where the walk has been: so they come first,
+        # and once more at the end, where what waits may die meanwhile.
+        await last.walk(queue, "dead", batch, customer, needle)
+        last.mentions = 0
         for place in PLACES:
             await last.walk(queue, place, batch, customer, needle)
+        for place in PLACES:
             totals[place] += last.erased[place]
         if not any(last.erased.values()):
             break

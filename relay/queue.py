@@ -89,6 +89,37 @@ class Step(msgspec.Struct, array_like=True):
     mentions: int
 
 
+class Letters(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Which dead letters are meant: all that fit every part that is given."""
+
+    outcome: str = ""
+    reason: str = ""
+    event: str = ""
+    customers: tuple[str, ...] = ()  # digests: any of them
+    since_ms: int | None = None  # when it died
+    until_ms: int | None = None
+    ids: tuple[str, ...] = ()  # of the letters: those alone
+
+    def packed(self) -> bytes:
+        """As letters.lua reads it."""
+        span = [
+            "-" if self.since_ms is None else str(self.since_ms),
+            "+" if self.until_ms is None else str(self.until_ms),
+        ]
+        parts = [self.outcome, self.reason, self.event, self.customers]
+        return _pack([*parts, *span, self.ids])
+
+
+class Counted(msgspec.Struct, array_like=True):
+    """Dead letters that have all this in common."""
+
+    outcome: str
+    reason: str
+    event: str
+    obstacle: str  # why they cannot be replayed; empty: they can
+    n: int
+
+
 class Result(msgspec.Struct, array_like=True, kw_only=True):
     """What one call came to, for the settle script."""
 
@@ -122,16 +153,22 @@ QUEUED, DUPLICATE, NO_ROOM, LIMITED = 0, 1, 2, 3  # LIMITED + index of the limit
 
 _decode_tick = msgspec.msgpack.Decoder(Tick).decode
 _decode_step = msgspec.msgpack.Decoder(Step).decode
+_decode_counts = msgspec.msgpack.Decoder(tuple[str, list[Counted]]).decode
+_decode_list = msgspec.msgpack.Decoder(
+    tuple[str, list[tuple[str, list[str]]]], strict=False
+).decode
+_decode_dropped = msgspec.msgpack.Decoder(tuple[str, int]).decode
 _decode_replies = msgspec.msgpack.Decoder(list[Reply]).decode
 
 
 class Script:
-    """One script with the shared part in front, run by its hash."""
+    """One script with the shared parts in front, run by its hash."""
 
-    def __init__(self, name: str, *, clock: str) -> None:
+    def __init__(self, name: str, *, clock: str, parts: Sequence[str] = ()) -> None:
         home = files("relay") / "lua"
         first, _, rest = (home / f"{name}.lua").read_text("utf-8").partition("\n")
-        shared = (home / "lib.lua").read_text("utf-8").replace(SERVER_CLOCK, clock)
+        texts = [(home / f"{part}.lua").read_text("utf-8") for part in ("lib", *parts)]
+        shared = "\n".join(texts).replace(SERVER_CLOCK, clock)
         # The interpreter line must stay the first one.
         self.source = f"{first}\n{shared}\n{rest}"
         self.sha = sha1(self.source.encode(), usedforsecurity=False).hexdigest()
@@ -157,6 +194,8 @@ class Scripts:
         self.token = Script("token", clock=clock)
         self.forget = Script("forget", clock=clock)
         self.hold = Script("hold", clock=clock)
+        self.dead = Script("dead", clock=clock, parts=["letters"])
+        self.replay = Script("replay", clock=clock, parts=["letters"])
 
 
 def connect(url: str, *, timeout: float, connections: int) -> Redis:
@@ -437,6 +476,63 @@ class Queue:
             )
         return _decode_step(cast("bytes", said))
 
+    async def count_letters(
+        self,
+        letters: Letters,
+        cursor: str,
+        size: int,
+        *,
+        ttl_ms: int,
+        new_ttl_ms: int,
+        may_pay_twice: bool,
+    ) -> tuple[str, list[Counted]]:
+        """Count among the next `size` dead letters; the cursor is empty at the end."""
+        twice = "1" if may_pay_twice else "0"
+        said = await self._dead(
+            "count", letters, cursor, size, ttl_ms, new_ttl_ms, twice
+        )
+        return _decode_counts(said)
+
+    async def list_letters(
+        self, letters: Letters, cursor: str, size: int, most: int
+    ) -> tuple[str, list[tuple[str, dict[str, str]]]]:
+        """Give the newest dead letters without their bodies, and the cursor."""
+        said = await self._dead("list", letters, cursor, size, most)
+        after, found = _decode_list(said)
+        return after, [(entry, _named(flat)) for entry, flat in found]
+
+    async def drop_letters(
+        self, letters: Letters, cursor: str, size: int, most: int
+    ) -> tuple[str, int]:
+        """Drop up to `most` of the next `size` dead letters; cursor, and how many."""
+        return _decode_dropped(await self._dead("drop", letters, cursor, size, most))
+
+    async def _dead(self, what: str, letters: Letters, *args: object) -> bytes:
+        async with self._asking():
+            said = await self._scripts.dead(
+                self._ops, self.prefix, what, letters.packed(), *args
+            )
+        return cast("bytes", said)
+
+    async def letter(self, entry: str) -> dict[str, str] | None:
+        """One dead letter whole, with its body."""
+        async with self._asking():
+            found = await self._ops.xrange(f"{self.prefix}:dead", entry, entry)
+        fields = cast("list[tuple[bytes, dict[bytes, bytes]]]", found)
+        if not fields:
+            return None
+        return {
+            n.decode(): v.decode("utf-8", "replace") for n, v in fields[0][1].items()
+        }
+
+    async def replay(self, what: str, run: str, owner: str, *args: object) -> list[str]:
+        """One step of a replay; replay.py has the only use, replay.lua the contract."""
+        async with self._asking():
+            said = await self._scripts.replay(
+                self._ops, self.prefix, what, run, owner, *args
+            )
+        return [part.decode() for part in cast("list[bytes]", said)]
+
     async def forget_marks(self, digests: Sequence[str]) -> int:
         """Erase what limits and the comparison of ids keep under these digests."""
         wanted = {digest.encode() for digest in digests}
@@ -525,6 +621,10 @@ class Queue:
         """Let others renew it, if `who` still has the lock."""
         async with self._asking():
             await self._scripts.token(self._ops, self.prefix, name, who, "unlock")
+
+
+def _named(flat: Sequence[str]) -> dict[str, str]:
+    return dict(zip(flat[::2], flat[1::2], strict=True))
 
 
 def _judge(info: dict[str, object]) -> list[str]:

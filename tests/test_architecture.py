@@ -20,7 +20,10 @@ LAYERS = [
     {"assembly"},
     {"settings"},  # above everything it configures: only the roots can read it
     {"values"},
-    {"endpoints", "ops", "counters", "reload", "erasure", "snippet"},
+    {"endpoints", "ops", "reload", "erasure", "snippet"},
+    {"counters"},
+    {"replay"},
+    {"dead_letters"},
     {"admission", "forwarder"},
     {"queue", "voucherify", "embedded", "edge"},
     {"oauth", "policy"},

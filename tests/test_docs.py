@@ -26,6 +26,7 @@ from relay import (
     events,
     forwarder,
     queue,
+    replay,
     retry,
     transport,
     verdicts,
@@ -253,7 +254,7 @@ def test_the_code_map_is_the_ladder() -> None:
 def test_every_script_is_told() -> None:
     names = first_column(section("docs/architecture.md", "The scripts"))
     assert names == list(vars(Scripts()))
-    assert set(names) | {"lib"} == set(LUA)
+    assert set(names) | {"lib", "letters"} == set(LUA)
 
 
 # A key is the prefix and what is put behind it: 'literals', and holes that are names,
@@ -339,6 +340,11 @@ async def test_keys_are_of_the_type_that_is_told(valkey_url: str, prefix: str) -
             result(again, "retry", delay_ms=60_000, signal="failed", pause_ms=60_000),
         ]
         await held.settle("a", results)
+        running = replay.Replay(held, ttl_ms=60_000, queue_max=9)
+        await running.begin(replay.Plan(), 1)
+        async for _ in running.run():
+            if running.progress.sent:
+                break
         await held.reap()
         documented = keys_in_document()
         seen = set()

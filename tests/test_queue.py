@@ -430,6 +430,8 @@ async def test_a_dead_letter_keeps_the_whole_event(
         "lane": "normal",
         "delivery": "at_least_once",
         "customer": "digest",
+        "ttl_ms": "3600000",
+        "replay_of": "",
         "body": '{"event":"n"}',
     }
     assert (await windows(bench))["reason:why"] == "1"

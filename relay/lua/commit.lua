@@ -63,8 +63,7 @@ for from = 1, #keys, 4000 do  -- unpack has a limit near 8,000
   end
 end
 
-local room = settings[1] - call('ZCARD', P .. ':delayed')
-for _, name in ipairs(STREAMS) do room = room - call('XLEN', stream(name)) end
+local room = room_of(settings[1])
 
 local function refuse(name, outcome, reason)
   count(outcome, 1)
@@ -188,11 +187,7 @@ local function admit(request_ip, event)
       dirty[key] = true
     end
   end
-  local packed = cmsgpack.pack({id, name, customer, delivery, ttl_ms, lane, body})
-  -- The id says when it was received. After a step back of the clock it cannot, as
-  -- ids never go back: then it is the last one plus one.
-  local added = redis.pcall('XADD', stream(lane), now_ms .. '-*', 'e', packed)
-  if type(added) == 'table' then call('XADD', stream(lane), '*', 'e', packed) end
+  append(lane, cmsgpack.pack({id, name, customer, delivery, ttl_ms, lane, body}))
   room = room - 1
   return 0, 0
 end

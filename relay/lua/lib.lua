@@ -120,11 +120,24 @@ local function write_counts()
 end
 
 -- An event in the queue is one packed array: {id, name, customer, delivery, ttl_ms,
--- lane, body}. `customer` is a keyed digest, never the id itself.
+-- lane, body}. `customer` is a keyed digest, never the id itself. One that a replay made
+-- has three more: the id of the event it repeats, the replay, and its part of that.
 local function open(blob)
   local e = cmsgpack.unpack(blob)
   return {id = e[1], name = e[2], customer = e[3], delivery = e[4], ttl = e[5],
-    lane = e[6], body = e[7]}
+    lane = e[6], body = e[7], replay_of = e[8], run = e[9], chunk = e[10]}
+end
+-- The id says when it was received. After a step back of the clock it cannot, as ids
+-- never go back: then it is the last one plus one.
+local function append(lane, packed)
+  local added = redis.pcall('XADD', stream(lane), now_ms .. '-*', 'e', packed)
+  if type(added) == 'table' then call('XADD', stream(lane), '*', 'e', packed) end
+end
+-- How many more events may wait.
+local function room_of(queue_max)
+  local room = queue_max - call('ZCARD', P .. ':delayed')
+  for _, name in ipairs(STREAMS) do room = room - call('XLEN', stream(name)) end
+  return room
 end
 -- What is known of an event beside itself: r received_ms, a attempts, s strikes, k the
 -- count of successes when a hold last met it (-1: never), d forwarders that died with
@@ -189,8 +202,24 @@ local function remove(lane, id, customer)
   let_go_on(customer)
 end
 
+-- A replay goes on by what became of the events that it has sent.
+local function tell_replay(event, told)
+  local key = P .. ':replay'
+  if not event.run or call('HGET', key, 'run') ~= event.run then return end
+  local failed = told.outcome ~= 'delivered' and told.outcome ~= 'dropped'
+  call('HINCRBY', key, told.outcome, 1)
+  if failed then
+    call('HINCRBY', key, 'failed:' .. told.outcome .. ':' .. told.reason, 1)
+  end
+  if tonumber(call('HGET', key, 'chunk')) == event.chunk then
+    call('HINCRBY', key, failed and 'chunk_failed' or 'chunk_passed', 1)
+  end
+end
+
 -- Somebody who waits for this event's outcome (Prefer: wait) is told.
 local function tell(event, told)
+  tell_replay(event, told)
+  told.replay_of = event.replay_of
   local key = P .. ':wait:' .. event.customer .. ':' .. event.id
   if call('EXISTS', key) == 0 then return end
   call('DEL', key)
@@ -204,7 +233,7 @@ local function bury(x, event, outcome, reason, info)
     'outcome', outcome, 'reason', reason, 'status', info.status or '',
     'error', info.error or '', 'attempts', x.a, 'received_ms', x.r,
     'lane', event.lane, 'delivery', event.delivery, 'customer', event.customer,
-    'body', event.body)
+    'ttl_ms', event.ttl, 'replay_of', event.replay_of or '', 'body', event.body)
   count(outcome, 1)
   note('reason:' .. reason, 1)
   count_event(event.name, outcome, 1)
