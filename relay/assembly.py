@@ -25,6 +25,7 @@ from relay.digests import Digests
 from relay.errors import QueueUnavailable, RelayError, SettingsError
 from relay.forwarder import Forwarder
 from relay.grants import EVENT_SCOPES, Grant
+from relay.letters_api import LettersApi
 from relay.ops import Check, ops_app
 from relay.outcomes import Hold
 from relay.policy import Policy
@@ -193,6 +194,12 @@ class Station:
         self._stopping = asyncio.Event()
         self._ops_socket = ops_socket
         self._reap_every_s = reap_every_s
+        self._letters = LettersApi(
+            self.queue,
+            ttl_ms=settings.ttl * 1000,
+            queue_max=settings.queue_max,
+            digests=make_digests(settings) if settings.digest_secret else None,
+        )
         self._held = False  # by hand, as far as this process has noticed
         self._unfit: str | None = None  # why this Redis may not be used
         # A name nobody had before: a slot refuses numbers that it has seen.
@@ -211,6 +218,7 @@ class Station:
                 self.draining = True
                 await self._stop_delivering()
         finally:
+            await self._letters.aclose()
             await self._stop_delivering()
             # Asked, not cancelled: redis-py may swallow a cancellation.
             self._stopping.set()
@@ -307,6 +315,7 @@ class Station:
                 self.checks(),
                 signer=make_signer(self.settings),
                 token=self.settings.ops_token,
+                letters=self._letters,
             ),
             lifespan="off",
             access_log=False,

@@ -13,19 +13,28 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import structlog
 import typer
 
 from relay import __version__, logs
-from relay.embedded import EmbeddedServer, running_url
+from relay.console import (
+    CHECK_FAILED,
+    FAILED,
+    USAGE,
+    AsJson,
+    on_queue,
+    read_settings,
+)
+from relay.embedded import EmbeddedServer
 from relay.errors import QueueUnavailable, RelayError, SettingsError
+from relay.letter_commands import letters_app
 from relay.limits import parse_duration
 from relay.outcomes import CURES
-from relay.settings import Role, Settings, load_settings
+from relay.settings import Role, Settings
 
 if TYPE_CHECKING:  # all of it takes a second to import
     from rich.console import Console
@@ -34,9 +43,6 @@ if TYPE_CHECKING:  # all of it takes a second to import
     from relay.catalog import Catalog
     from relay.queue import Queue
 
-T = TypeVar("T")
-
-FAILED, USAGE, CHECK_FAILED = 1, 2, 3
 MAX_REASON = 200  # characters, of a hold by hand
 STOPS = (signal.SIGTERM, signal.SIGINT)
 
@@ -52,6 +58,7 @@ catalog_app = typer.Typer(
     no_args_is_help=True, help="The event catalogue: docs/catalog.md."
 )
 app.add_typer(catalog_app, name="catalog")
+app.add_typer(letters_app, name="dead-letters")
 
 CatalogPath = Annotated[
     Path | None, typer.Argument(help="The file; default: RELAY_CATALOG.")
@@ -62,7 +69,6 @@ Workers = Annotated[
 NoForwarder = Annotated[
     bool, typer.Option("--no-forwarder", help="Take events only; a worker delivers.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
 @app.command()
@@ -75,7 +81,7 @@ def serve(workers: Workers = 1, no_forwarder: NoForwarder = False) -> None:
     from relay.assembly import make_catalog
     from relay.serving import serve_many, serve_one
 
-    settings = _settings(Role.EDGE if no_forwarder else Role.SERVE)
+    settings = read_settings(Role.EDGE if no_forwarder else Role.SERVE)
     make_catalog(settings)  # a faulty one ends it here, before anything is started
     forward = not no_forwarder
 
@@ -102,7 +108,7 @@ def worker() -> None:
     _leave_on_signals()
     from relay.worker import deliver
 
-    settings = _settings(Role.WORKER)
+    settings = read_settings(Role.WORKER)
 
     def announce(ready: str) -> None:
         whither = _whither(settings, forward=True)
@@ -159,7 +165,7 @@ def stats(*, as_json: AsJson = False) -> None:
     """Show what is queued, what became of every event, and what holds delivery."""
     from relay.counters import stats as read_stats
 
-    shown = asyncio.run(_on_queue(_settings(Role.READ), read_stats))
+    shown = asyncio.run(on_queue(read_settings(Role.READ), read_stats))
     if as_json:
         typer.echo(json.dumps(shown, indent=2))
     else:
@@ -183,8 +189,8 @@ def hold(
         raise typer.BadParameter(
             f"one line of at most {MAX_REASON} characters.", param_hint="--reason"
         )
-    settings = _settings(Role.READ)
-    since_ms, told, _ = asyncio.run(_on_queue(settings, lambda q: q.hold(reason)))
+    settings = read_settings(Role.READ)
+    since_ms, told, _ = asyncio.run(on_queue(settings, lambda q: q.hold(reason)))
     since = time_of(since_ms)
     structlog.get_logger().warning("delivery.held", reason=told, since=since)
     typer.echo(f"Delivery is held since {since}. relay resume lets it go on.")
@@ -195,8 +201,8 @@ def resume() -> None:
     """Lift the hold by hand. An automatic one is probed at once, and ends by itself."""
     from relay.counters import time_of
 
-    settings = _settings(Role.READ)
-    since_ms, reason, automatic = asyncio.run(_on_queue(settings, lambda q: q.resume()))
+    settings = read_settings(Role.READ)
+    since_ms, reason, automatic = asyncio.run(on_queue(settings, lambda q: q.resume()))
     if since_ms:
         since = time_of(since_ms)
         structlog.get_logger().warning("delivery.resumed", reason=reason, since=since)
@@ -263,7 +269,7 @@ def explain(
 
     if route not in DIALECTS:
         raise typer.BadParameter("track or sdk.", param_hint="--route")
-    settings = _settings(Role.SERVE)
+    settings = read_settings(Role.SERVE)
     patterns = settings.allowed_origins.patterns
     exact = [pattern for pattern in patterns if "*" not in pattern]
     # One that a pattern with a star allows: a name in the star's place.
@@ -313,7 +319,7 @@ def forget(
 
     Exit code 1 while an event is on its way: ask again in a minute.
     """
-    settings = _settings(Role.READ)
+    settings = read_settings(Role.READ)
     if not customer:
         raise typer.BadParameter("say whom: a source_id or an id, not empty.")
     try:
@@ -321,7 +327,7 @@ def forget(
     except UnicodeEncodeError:
         raise typer.BadParameter("the name must be UTF-8, as events are.") from None
     in_flight = asyncio.run(
-        _on_queue(settings, lambda queue: _erase(queue, settings, customer, as_json))
+        on_queue(settings, lambda queue: _erase(queue, settings, customer, as_json))
     )
     if in_flight:
         sys.exit(FAILED)
@@ -384,7 +390,7 @@ def snippet(
     from relay.origins import parse_origin_pattern
     from relay.snippet import tag
 
-    settings = _settings(Role.READ)
+    settings = read_settings(Role.READ)
     try:
         base = parse_origin_pattern(url.removesuffix("/")) if url else ""
         if "*" in base:
@@ -428,7 +434,7 @@ def token(
     """
     from relay.assembly import make_signer
 
-    signer = make_signer(_settings(Role.READ))
+    signer = make_signer(read_settings(Role.READ))
     if signer is None:
         raise RelayError("There is no key to sign with: set RELAY_SIGNING_KEYS.")
     try:
@@ -471,7 +477,7 @@ def _catalog(file: Path | None) -> "Catalog":
     from relay.catalog import CatalogError
     from relay.reload import CatalogFile
 
-    settings = _settings(Role.READ)
+    settings = read_settings(Role.READ)
     path = file or settings.catalog
     if path is None:
         raise RelayError("Name the catalogue's file, or set RELAY_CATALOG.")
@@ -532,14 +538,6 @@ def _leave(*_: object) -> None:
     sys.exit(0)
 
 
-def _settings(role: Role) -> Settings:
-    settings = load_settings(role)
-    logs.configure(settings.log_format)
-    for warning in settings.warnings:
-        structlog.get_logger().warning("settings.doubtful", detail=warning)
-    return settings
-
-
 @contextlib.contextmanager
 def _redis(settings: Settings) -> Iterator[str]:
     """The Redis to use: the one that is set, or a private one while this runs."""
@@ -575,30 +573,6 @@ def _judge_redis(settings: Settings, url: str) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
 
 
-async def _on_queue(settings: Settings, work: Callable[["Queue"], Awaitable[T]]) -> T:
-    """Do something with the queue, wherever it is; say where it was looked for."""
-    from relay.queue import Queue
-
-    url = (
-        settings.redis_url.get_secret_value()
-        if settings.redis_url
-        else running_url(settings.data_dir)
-    )
-    queue = Queue(url=url, prefix=settings.redis_prefix)
-    try:
-        return await work(queue)
-    except QueueUnavailable as error:
-        where = (
-            "at RELAY_REDIS_URL"
-            if settings.redis_url
-            else f"in {settings.data_dir} (RELAY_DATA_DIR; or set RELAY_REDIS_URL)"
-        )
-        msg = f"{error.detail} Does the relay run, and keep its events {where}?"
-        raise RelayError(msg) from error
-    finally:
-        await queue.aclose()
-
-
 def _whither(settings: Settings, *, forward: bool) -> str:
     if not forward:
         return "not delivering (--no-forwarder)"
@@ -618,6 +592,13 @@ def _show(shown: dict[str, object]) -> None:
     while isinstance(held, dict):
         _show_hold(console, held)
         held = held.get("automatic")
+    last = shown["replay"]
+    if isinstance(last, dict) and last["state"] != "done":
+        how = "running" if last["alive"] else "unfinished"
+        console.print(
+            f"A replay of dead letters is {how}: {last['sent']} of {last['planned']} "
+            f"sent, {last['failed']} failed. {last['cure']}"
+        )
     for title in ("gauges", "totals"):
         values = shown[title]
         assert isinstance(values, dict)  # noqa: S101  # as counters.stats makes it

@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 
 from relay.outcomes import Hold, Outcome
 from relay.queue import Queue
+from relay.replay import last_progress, told_progress
 
 GAUGES = (
     "queued",
@@ -26,13 +27,14 @@ GAUGES = (
 async def stats(queue: Queue, *, minutes: int = 5, days: int = 2) -> dict[str, object]:
     """Totals since ever, the gauges, the hold if there is one, and the last minutes.
 
-    `{"totals": {…}, "gauges": {…}, "hold": {…} | null, "minutes": {"<stamp>": {…}},
-    "browser": {"<day>": {"<family>": {…}}}}`, counts as numbers, times in the unit of
-    the field's name.
+    `{"totals": {…}, "gauges": {…}, "hold": {…} | null, "replay": {…} | null,
+    "minutes": {"<stamp>": {…}}, "browser": {"<day>": {"<family>": {…}}}}`, counts as
+    numbers, times in the unit of the field's name; `replay` is the last one.
     """
     totals = await queue.hash("totals")
     gauges = await queue.hash("gauges")
     flow = await queue.hash("flow")
+    progress = await last_progress(queue)
     now = await queue.now()
     last = [f"{now - timedelta(minutes=n):%Y%m%d%H%M}" for n in range(minutes)]
     return {
@@ -42,6 +44,7 @@ async def stats(queue: Queue, *, minutes: int = 5, days: int = 2) -> dict[str, o
         },
         "gauges": {name: _number(gauges.get(name, "")) for name in GAUGES},
         "hold": _hold(flow),
+        "replay": told_progress(progress) if progress else None,
         "minutes": {
             stamp: {
                 name: int(value)

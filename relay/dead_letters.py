@@ -14,7 +14,7 @@ import msgspec
 
 from relay.digests import Digests
 from relay.limits import parse_duration
-from relay.outcomes import DEAD, held_by
+from relay.outcomes import DEAD, held_by, letter_cure
 from relay.queue import Counted, Letters, Queue
 
 # Entries looked at in one call: their bodies are read, though not sent here. As
@@ -22,6 +22,7 @@ from relay.queue import Counted, Letters, Queue
 BATCH = 100
 MAX_IDS = 1000
 MAX_PAGE = 1000
+MAX_EVENTS = 20  # names of events that a cost shows
 MAX_TEXT = 300  # characters; Voucherify's own bound of an event's name
 MAX_NEW_TTL_S = 30 * 86_400
 LAST_MS = 253_402_300_799_999  # the end of the year 9999, which ISO can still write
@@ -140,6 +141,36 @@ async def cost(queue: Queue, seen: Survey, limit: int | None) -> Cost:
         waiting_s=waiting_s,
         hold=held_by(await queue.hash("flow")),
     )
+
+
+def told_reasons(seen: Survey) -> list[dict[str, object]]:
+    """What failed, why, and what to do: most first."""
+    return [
+        {
+            "n": n,
+            "outcome": outcome,
+            "reason": reason,
+            "cure": letter_cure(outcome, reason),
+        }
+        for outcome, reason, n in seen.by_reason()
+    ]
+
+
+def told_cost(price: Cost) -> dict[str, object]:
+    """The same for programs."""
+    seen = price.survey
+    events = [{"event": name, "n": n} for name, n in seen.by_event()[:MAX_EVENTS]]
+    return {
+        "matched": seen.matched,
+        "calls": price.calls,
+        "minutes": price.minutes,
+        "budget_per_s": price.budget_per_s,
+        "waiting_s": price.waiting_s,
+        "hold": price.hold or None,
+        "reasons": told_reasons(seen),
+        "events": events,
+        "skipped": seen.skipped(),
+    }
 
 
 async def page(

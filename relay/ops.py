@@ -1,4 +1,4 @@
-"""The ops listener: is it alive, can it take events, and a token for a page.
+"""The ops listener: is it alive, can it take events, tokens, and dead letters.
 
 Never on the public port. `/healthz` and `/readyz` are open, since probes carry no
 secrets and get none. Everything else asks for `RELAY_OPS_TOKEN` where it is set;
@@ -22,8 +22,11 @@ from starlette.routing import Route
 from relay import __version__
 from relay.addresses import is_loopback
 from relay.answers import problem_body
+from relay.dead_letters import WrongField
 from relay.errors import QueueUnavailable
+from relay.letters_api import LettersApi, Refused
 from relay.limits import parse_duration
+from relay.replay import NothingToResume, ReplayBusy
 from relay.signing import InvalidClaim, Signer
 
 MAX_BODY_BYTES = 64 * 1024
@@ -53,6 +56,7 @@ def ops_app(
     *,
     signer: Signer | None = None,
     token: SecretStr | None = None,
+    letters: LettersApi | None = None,
     clock: Callable[[], float] = time.time,
 ) -> Starlette:
     """The application; each check returns "ok…" or says what is wrong."""
@@ -104,11 +108,83 @@ def ops_app(
             Route("/healthz", healthz),
             Route("/readyz", readyz),
             Route("/tokens", tokens, methods=["POST"]),
+            *_letter_routes(letters, token),
         ],
         exception_handlers={HTTPException: _elsewhere},
     )
     app.router.redirect_slashes = False  # a client may not repeat a POST elsewhere
     return app
+
+
+def _letter_routes(letters: LettersApi | None, token: SecretStr | None) -> list[Route]:
+    """The routes of dead letters, for whoever may ask for tokens, too."""
+
+    def guarded(
+        handle: Callable[[LettersApi, Request], Awaitable[JSONResponse]],
+    ) -> Callable[[Request], Awaitable[JSONResponse]]:
+        async def answer(request: Request) -> JSONResponse:
+            refused = _refusal(request, token)
+            if refused is not None:
+                return refused
+            if letters is None:
+                return _problem(404, "path", "There are no dead letters here.")
+            return await _heard(handle(letters, request))
+
+        return answer
+
+    async def listed(letters: LettersApi, request: Request) -> JSONResponse:
+        return _fresh(await letters.list(request.query_params.multi_items()))
+
+    async def shown(letters: LettersApi, request: Request) -> JSONResponse:
+        entry = request.path_params["entry"]
+        told = await letters.show(entry)
+        if told is None:
+            return _problem(
+                404, "no_letter", "There is no such dead letter (any more)."
+            )
+        return _fresh(told)
+
+    async def progress(letters: LettersApi, _: Request) -> JSONResponse:
+        return _fresh(await letters.progress())
+
+    async def replayed(letters: LettersApi, request: Request) -> JSONResponse:
+        status, told = await letters.replay(await _body(request))
+        return _fresh(told, status)
+
+    async def dropped(letters: LettersApi, request: Request) -> JSONResponse:
+        return _fresh(await letters.drop(await _body(request)))
+
+    return [
+        Route("/dead-letters", guarded(listed)),
+        Route("/dead-letters/replay", guarded(progress)),
+        Route("/dead-letters/replay", guarded(replayed), methods=["POST"]),
+        Route("/dead-letters/drop", guarded(dropped), methods=["POST"]),
+        Route("/dead-letters/{entry}", guarded(shown)),
+    ]
+
+
+async def _heard(answer: Awaitable[JSONResponse]) -> JSONResponse:
+    """The answer, or why there is none."""
+    try:
+        return await answer
+    except ClientDisconnect:  # nobody hears this
+        return _problem(400, "invalid", "The body was cut off: send it again.")
+    except WrongField as error:
+        return _problem(400, "invalid", f"{error}.", field=error.field)
+    except ValueError as error:
+        return _problem(400, "invalid", f"{error}.")
+    except Refused as error:
+        return _problem(409, error.reason, error.detail)
+    except (ReplayBusy, NothingToResume) as error:
+        busy = isinstance(error, ReplayBusy)
+        return _problem(409, "replay_busy" if busy else "no_replay", str(error))
+    except QueueUnavailable as error:
+        headers = {"Retry-After": str(error.retry_after)}
+        return _problem(503, error.reason, error.detail, headers)
+
+
+def _fresh(told: dict[str, object], status: int = 200) -> JSONResponse:
+    return JSONResponse(told, status, headers={"Cache-Control": "no-store"})
 
 
 async def _elsewhere(_: Request, error: Exception) -> JSONResponse:
@@ -117,7 +193,7 @@ async def _elsewhere(_: Request, error: Exception) -> JSONResponse:
     status, headers = error.status_code, dict(error.headers or {})
     if status == 405:
         return _problem(405, "method", f"Use {headers.get('Allow')} here.", headers)
-    said = "There are /healthz, /readyz and POST /tokens here."
+    said = "There are /healthz, /readyz, POST /tokens and /dead-letters here."
     return _problem(status, "path", said, headers)
 
 
@@ -192,10 +268,14 @@ def _seconds(ttl: int | str | None) -> int | None:
 
 
 def _problem(
-    status: int, reason: str, detail: str, headers: dict[str, str] | None = None
+    status: int,
+    reason: str,
+    detail: str,
+    headers: dict[str, str] | None = None,
+    **more: str,
 ) -> JSONResponse:
     return JSONResponse(
-        problem_body(status, reason, detail),
+        problem_body(status, reason, detail) | more,
         status,
         headers,
         media_type="application/problem+json",

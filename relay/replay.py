@@ -12,7 +12,7 @@ It does not put anything back: what it has sent stays in the queue when it stops
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from secrets import token_hex
 
@@ -140,6 +140,16 @@ async def last_progress(queue: Queue) -> Progress | None:
     hold = held_by(await queue.hash("flow"))
     now_ms = int((await queue.now()).timestamp() * 1000)
     return read_progress(fields, now_ms=now_ms, hold=hold)
+
+
+def told_progress(progress: Progress) -> dict[str, object]:
+    """The same for programs."""
+    return asdict(progress) | {
+        "delivered": progress.delivered,
+        "failed": progress.failed,
+        "pending": progress.pending,
+        "cure": REPLAY_CURES.get(progress.why, ""),
+    }
 
 
 class Replay:

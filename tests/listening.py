@@ -41,6 +41,8 @@ EVENTS = 200  # of each stream; one piece of code makes them all
 
 # These print what they are asked to make, or keys that open nothing but a sandbox.
 PRINTS_SECRETS = frozenset({"keygen", "token", "sandbox"})
+# And this shows an operator all that a customer has sent.
+SHOWS_CUSTOMERS = ("dead-letters", "show")
 
 # The documents show these, and so do errors: whoever sets one has set no secret.
 EXAMPLES = frozenset(
@@ -257,6 +259,8 @@ class Listener:
     ) -> None:
         if path == "/tokens" and status == 200:
             body = b""  # the one answer that is a secret, for who asked for it
+        if re.fullmatch(r"/dead-letters/\d+-\d+", path) and status == 200:
+            body = b""  # and the one that is all about a customer
         at = f"{where()}: {status} from {path}"
         self.recorder.hear(Kind.ANSWER, at, head + b"\n\n" + body, own)
 
@@ -342,7 +346,8 @@ def _prints_secrets(command: object) -> bool:
     """Whether this is a command of the relay that prints what it is asked to make."""
     words = [str(w) for w in command] if isinstance(command, list | tuple) else []
     return any(
-        Path(program).name == "relay" and made in PRINTS_SECRETS
+        (Path(program).name == "relay" and made in PRINTS_SECRETS)
+        or (program, made) == SHOWS_CUSTOMERS
         for program, made in pairwise(words)
     )
 

@@ -11,6 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "relay"
 LAYERS = [
     {"__main__"},
     {"cli"},
+    {"letter_commands"},
+    {"console"},
     {"demo"},
     {"demo_shop"},
     {"demo_follower"},
@@ -21,7 +23,7 @@ LAYERS = [
     {"settings"},  # above everything it configures: only the roots can read it
     {"values"},
     {"endpoints", "ops", "reload", "erasure", "snippet"},
-    {"counters"},
+    {"counters", "letters_api"},
     {"replay"},
     {"dead_letters"},
     {"admission", "forwarder"},

@@ -37,7 +37,7 @@ def numbers(shown: object) -> dict[str, int]:
 
 async def test_before_the_first_event_every_total_is_nought(bench: Bench) -> None:
     shown = await stats(bench.queue)
-    assert list(shown) == ["totals", "gauges", "hold", "minutes", "browser"]
+    assert list(shown) == ["totals", "gauges", "hold", "replay", "minutes", "browser"]
     assert shown["totals"] == dict.fromkeys(TOTALS, 0)
     assert shown["gauges"] == dict.fromkeys(GAUGES)
     assert shown["hold"] is None

@@ -25,6 +25,7 @@ from relay import (
     endpoints,
     events,
     forwarder,
+    letters_api,
     queue,
     replay,
     retry,
@@ -32,9 +33,10 @@ from relay import (
     verdicts,
 )
 from relay.cli import app
+from relay.dead_letters import MAX_PAGE
 from relay.limits import DEFAULT_LIMITS, DIMENSIONS, parse_budget, parse_limits
 from relay.ops import ops_app
-from relay.outcomes import CURES, Hold, Outcome
+from relay.outcomes import CURES, LETTER_CURES, Hold, Outcome, letter_cure
 from relay.queue import Queue, Scripts
 from relay.settings import CREDENTIALS, KNOWN, Role, Settings, required, variable
 from relay.verdicts import Verdict, read_answer
@@ -566,10 +568,34 @@ def test_every_reason_of_a_dead_letter_is_told() -> None:
     assert found <= set(operations("Minutes and hours"))
 
 
+def test_every_cure_of_a_dead_letter_is_told() -> None:
+    said = section("docs/operations.md", "Minutes and hours")
+    for outcome in ("ambiguous", "rejected"):
+        assert letter_cure(outcome, "") in said
+    rows = [row for row in tables(said) if len(row) == 4]
+    assert len(rows) > 8
+    told: set[str] = set()
+    for row in rows:
+        outcomes = coded(row[1]) or ["expired"]
+        outcome = "expired" if "expired" in outcomes else outcomes[0]
+        for name in coded(row[0]):
+            reason = name.replace("<status>", "503")
+            assert letter_cure(outcome, reason) == row[3], name
+            told.add(name)
+    assert set(LETTER_CURES) <= told
+
+
+def test_every_stop_of_a_replay_is_told_with_its_cure() -> None:
+    rows = tables(section("docs/operations.md", "Dead letters"))
+    told = {coded(row[0])[0]: row[1] for row in rows}
+    assert told.items() >= replay.REPLAY_CURES.items()
+
+
 def test_the_fields_of_a_dead_letter_are_told() -> None:
     [words] = re.findall(r":dead', '\*',(.*?)\)\n", LUA["lib"], re.S)
     fields = re.findall(r"'(\w+)',", words)
-    assert sorted(operations("Dead letters")) == sorted(fields)
+    told = operations("Dead letters")
+    assert sorted(told) == sorted([*fields, *replay.REPLAY_CURES])
 
 
 def log_events() -> dict[str, str]:
@@ -664,6 +690,7 @@ def constants(script: str) -> dict[str, int]:
 PROTOCOL, ARCHITECTURE = "docs/protocol.md", "docs/architecture.md"
 OPERATIONS = "docs/operations.md"
 SETTLE, TICK, LIB = constants("settle"), constants("tick"), constants("lib")
+REPLAY = constants("replay")
 HOLD = f"{SETTLE['HOLD_FIRST_MS'] // 1000} s", SETTLE["HOLD_MAX_MS"] // 1000
 BREAKER = f"{SETTLE['BREAKER_FIRST_MS'] // 1000} s", SETTLE["BREAKER_MAX_MS"] // 1000
 WORDS = {3: "three", 5: "Five"}
@@ -701,6 +728,11 @@ WORDS = {3: "three", 5: "Five"}
         (ARCHITECTURE, f"meets a hold again {WORDS[SETTLE['STRIKES']]} times"),
         (ARCHITECTURE, f"{WORDS[SETTLE['FAILURES_TO_OPEN']]} failures in a row"),
         (ARCHITECTURE, f"by frequency, at most {LIB['NAMES_KEPT']:,}"),
+        (OPERATIONS, f"a **canary** of {replay.CANARY}, and waits"),
+        (OPERATIONS, f"in parts of {replay.CHUNK}, the next"),
+        (OPERATIONS, f"lease must run out: {REPLAY['LEASE_MS'] // 1000} s"),
+        (OPERATIONS, f"`limit` ({letters_api.PAGE}, at most {MAX_PAGE:,})"),
+        (ARCHITECTURE, f"was replayed | {REPLAY['MARK_MS'] // 86_400_000} days |"),
         (OPERATIONS, f"| {HOLD[0]}, doubling to {HOLD[1]} s |"),
         (OPERATIONS, f"| {BREAKER[0]}, doubling to {BREAKER[1]} s |"),
         (OPERATIONS, f"The {LIB['NAMES_SHOWN']} most frequent names"),
