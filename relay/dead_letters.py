@@ -303,7 +303,11 @@ def _digests_of(customer: str, digests: Digests | None) -> tuple[str, ...]:
             "digests are keyed with the first secret of RELAY_AUTH, usually "
             "RELAY_CLIENT_TOKEN: set it as for the relay itself",
         )
-    return digests.customer(source_id=customer), digests.customer(id=customer)
+    return (
+        digests.customer(source_id=customer),
+        digests.customer(source_id=customer, signed=True),
+        digests.customer(id=customer),
+    )
 
 
 def _few(ids: Sequence[str]) -> Sequence[str]:

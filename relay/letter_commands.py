@@ -399,6 +399,7 @@ async def _show_progress(running: Replay) -> None:
             )
             # Where there is no bar, a line for each part that was sent.
             line = f"{told.phase}: {told.sent} of {told.planned} sent"
+            line += f", and delivery is held: {told.hold}" if told.hold else ""
             if not console.is_terminal and line != said:
                 typer.echo(line)
                 said = line

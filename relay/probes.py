@@ -343,7 +343,7 @@ def _judge_stats(settings: Settings, shown: Mapping[str, object]) -> Iterator[Fi
             about="dead letters",
             detail=f"{gauges['dead']} events were refused, expired or may have "
             "arrived; nobody sends them again.",
-            cure="See docs/operations.md, Dead letters.",
+            cure="relay dead-letters list says why, and what to do.",
         )
     eta_s = gauges["eta_s"]
     if isinstance(eta_s, int | float) and eta_s > settings.ttl:
