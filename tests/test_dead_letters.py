@@ -53,7 +53,10 @@ async def bury(bench: Bench, n: int = 1, **parts: object) -> None:
     verdict = str(parts.pop("verdict", "rejected"))
     died = {name: parts.pop(name) for name in ("reason", "error") if name in parts}
     await bench.take(*(event(**parts) for _ in range(n)))  # type: ignore[arg-type]
-    await bench.settle(*(result(c, verdict, **died) for c in await bench.claim(n)))
+    while n:  # one customer's go one at a time
+        claimed = await bench.claim(n)
+        await bench.settle(*(result(c, verdict, **died) for c in claimed))
+        n -= len(claimed)
 
 
 async def count(bench: Bench, **parts: object) -> int:
@@ -246,9 +249,13 @@ def test_no_text_breaks_a_reader(text: str) -> None:
             read()
 
 
-def test_a_customer_is_looked_for_under_both_names() -> None:
+def test_a_customer_is_looked_for_under_every_name() -> None:
     letters = read_letters(now_ms=NOW_MS, customer="u1", digests=DIGESTS)
-    by_name = (DIGESTS.customer(source_id="u1"), DIGESTS.customer(id="u1"))
+    by_name = (
+        DIGESTS.customer(source_id="u1"),
+        DIGESTS.customer(source_id="u1", signed=True),
+        DIGESTS.customer(id="u1"),
+    )
     assert letters.customers == by_name
 
 
