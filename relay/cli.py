@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import os
 import secrets
 import signal
 import sys
@@ -26,6 +27,7 @@ from relay.console import (
     FAILED,
     USAGE,
     AsJson,
+    in_time,
     on_queue,
     read_settings,
 )
@@ -226,13 +228,17 @@ def check(*, as_json: AsJson = False) -> None:
     from relay.findings import lines
 
     logs.configure("auto")
-    findings = asyncio.run(find())
+    findings, hangs = in_time(find)
     if as_json:
         told = [dataclasses.asdict(finding) for finding in findings]
         typer.echo(json.dumps({"findings": told}, indent=2))
     else:
         typer.echo("\n".join(lines(findings)))
-    if any(finding.level == "fault" for finding in findings):
+    faulty = any(finding.level == "fault" for finding in findings)
+    if hangs:
+        sys.stdout.flush()
+        os._exit(CHECK_FAILED if faulty else 0)
+    if faulty:
         sys.exit(CHECK_FAILED)
 
 

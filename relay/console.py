@@ -1,7 +1,10 @@
 """What the commands share: exit codes, settings, the queue, and safe words."""
 
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Annotated, TypeVar
+import asyncio
+import queue as queues
+import threading
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import structlog
 import typer
@@ -17,6 +20,7 @@ if TYPE_CHECKING:  # it takes a while to import
 T = TypeVar("T")
 
 FAILED, USAGE, CHECK_FAILED = 1, 2, 3
+HANGS_S = 0.5  # what takes longer to end after its result is not waited for
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
@@ -58,3 +62,29 @@ def plain(value: object) -> str:
     """Text of browsers for a terminal: nothing in it steers that."""
     text = "" if value is None else str(value)
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def in_time(work: Callable[[], Coroutine[Any, Any, T]]) -> tuple[T, bool]:
+    """The result of `work`, and whether something of it still hangs in a thread.
+
+    A name server that stays silent holds a thread for as long as the system waits for
+    it, and Python would wait for that thread before it ends.
+    """
+    told: queues.SimpleQueue[T | BaseException] = queues.SimpleQueue()
+
+    async def tell() -> None:
+        told.put(await work())
+
+    def run() -> None:
+        try:
+            asyncio.run(tell())
+        except BaseException as error:  # for the one who waits
+            told.put(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    result = told.get()
+    thread.join(HANGS_S)
+    if isinstance(result, BaseException):
+        raise result
+    return result, thread.is_alive()

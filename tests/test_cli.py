@@ -471,3 +471,37 @@ async def test_serve_starts_without_redis_and_takes_events_once_it_is_there(
 
             await eventually(delivered)
             assert await process.stop() == 0
+
+
+def test_a_check_does_not_wait_for_a_silent_name_server(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import socket, time\n"
+        "real = socket.getaddrinfo\n"
+        "def slow(host, *rest, **more):\n"
+        "    if '.hang' in str(host):\n"
+        "        time.sleep(25)\n"
+        "    return real(host, *rest, **more)\n"
+        "socket.getaddrinfo = slow\n"
+    )
+    env = {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[1]}",
+        "HOME": str(tmp_path),
+        **{variable(name): value for name, value in COMPLETE.items()},
+        "RELAY_CLUSTER": "https://cluster.hang",
+        "RELAY_REDIS_URL": "redis://127.0.0.1:9",
+    }
+    began = time.monotonic()
+    done = subprocess.run(
+        [*RELAY, "check", "--json"],
+        env=env,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    codes = {finding["code"] for finding in json.loads(done.stdout)["findings"]}
+    assert "cluster_unreachable" in codes
+    assert done.returncode == 3
+    assert time.monotonic() - began < 22
