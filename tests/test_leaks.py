@@ -276,6 +276,7 @@ def test_redis_is_heard_names_and_values_and_left_empty(
 # The whole suite
 
 
+@pytest.mark.timeout(240)  # it looks at all that some thousand tests have heard
 def test_what_the_suite_made_the_relay_say_holds_no_secret_and_no_other_customer(
     request: pytest.FixtureRequest,
 ) -> None:

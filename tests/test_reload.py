@@ -30,6 +30,11 @@ def later() -> float:
     return time.time() + 2 * SETTLED_S
 
 
+def changed(path: Path) -> float:
+    """When the file changed, as exactly as the code has it: `st_ctime` is rounded."""
+    return path.stat().st_ctime_ns / 1e9
+
+
 def opened(
     path: Path | None,
     *,
@@ -362,10 +367,10 @@ def test_a_file_that_is_being_written_is_left_alone_until_it_is_settled(
     path: Path,
 ) -> None:
     """`generate > catalog.toml`: the first tables of a file are a catalogue, too."""
-    now = path.stat().st_ctime + 1
+    now = changed(path) + 1
     file = opened(path, clock=lambda: now)
     path.write_text(NEWER)
-    written = path.stat().st_ctime
+    written = changed(path)
     with logged() as lines:
         for now in (written, written + SETTLED_S / 2):  # noqa: B007 - the clock's
             assert not file.poll()
@@ -376,7 +381,7 @@ def test_a_file_that_is_being_written_is_left_alone_until_it_is_settled(
 
 
 def test_who_asks_at_once_does_not_wait_until_it_is_settled(path: Path) -> None:
-    file = opened(path, clock=lambda: path.stat().st_ctime)
+    file = opened(path, clock=lambda: changed(path))
     path.write_text(NEWER)
     assert not file.poll()
     assert file.poll(at_once=True)
@@ -384,7 +389,7 @@ def test_who_asks_at_once_does_not_wait_until_it_is_settled(path: Path) -> None:
 
 def test_a_time_to_come_holds_nothing_up(path: Path) -> None:
     """The file server's clock is ahead, or ours was set back."""
-    file = opened(path, clock=lambda: path.stat().st_ctime - 3600)
+    file = opened(path, clock=lambda: changed(path) - 3600)
     path.write_text(NEWER)
     assert file.poll()
 
