@@ -74,15 +74,17 @@ def _of_settings(error: SettingsError) -> Iterator[Finding]:
             code="setting",
             about=about,
             detail=f"{detail.removesuffix('.')}.",
-            cure=f"{cure or 'Correct it: docs/settings.md.'}{_screen(about)}",
+            cure=_with_screen(cure or "Correct it: docs/settings.md.", about),
         )
 
 
-def _screen(about: str) -> str:
-    """Where a setting is found in Voucherify, if it is one of those."""
+def _with_screen(cure: str, about: str) -> str:
+    """A cure that says where the setting is found in Voucherify, if it is there."""
     field = about.removeprefix("RELAY_").removesuffix("_FILE").lower()
     where = WHERE.get(field, "")
-    return f" {where}." if "Voucherify" in where else ""
+    if "Project Settings" not in where or where in cure:
+        return cure
+    return f"{cure.removesuffix('.')}. {where}."
 
 
 def _doubts(settings: Settings, catalog: Iterable[str]) -> Iterator[Finding]:

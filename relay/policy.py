@@ -92,6 +92,8 @@ class Policy:
             mode = rule.token or self._tokens
             if say is not None:
                 say("catalogue", f"the rule {rule.place}")
+            # Before a token fills in the customer.
+            trial = mode == "dry_run" and self._passes_unknown(event, sender, rule)
             identity = self._identify(event, sender, mode, now)
             if say is not None:
                 say("token", f"{_whose(identity)} ({mode})")
@@ -121,7 +123,7 @@ class Policy:
                 # Used up in a trial, it is as if there were no token: so it may only
                 # be let through where that would be.
                 now=now,
-                trial=mode == "dry_run" and self._passes_unknown(event, sender, rule),
+                trial=trial,
             ),
         )
 
@@ -285,7 +287,8 @@ def _special(
     if limit is None and uses is None and not rule.coalesce_ms:
         return None
     return (
-        blake2b(event.event.encode(), digest_size=9).hexdigest(),
+        # All spellings that meet a rule are counted together.
+        blake2b((rule.name or event.event).encode(), digest_size=9).hexdigest(),
         rule.coalesce_ms,
         limit.quota if limit is not None else 0,
         limit.period_ms if limit is not None else 0,

@@ -399,6 +399,6 @@ def _judge_day(settings: Settings, day: Mapping[str, int]) -> Iterator[Finding]:
             f"{accepted}: at this rate events begin to expire after "
             f"{lasts_s / DAY_S:.1f} days.",
             cure="Raise it if Voucherify allows more calls, use "
-            "RELAY_UPSTREAM_API=server, or send less: coalesce in the catalogue. In "
-            "Voucherify: Organization Settings, Subscription has the plan's calls.",
+            "RELAY_UPSTREAM_API=server (its keys in Voucherify: Project Settings, "
+            "General), or send less: coalesce in the catalogue.",
         )

@@ -367,6 +367,7 @@ def test_any_json_is_an_event_or_an_explained_refusal(body: object) -> None:
 @pytest.mark.parametrize("cut", range(12, 60, 3))
 def test_a_batch_that_was_cut_off_is_told_as_that(cut: int) -> None:
     body = b'{"events":[{"event":"e","customer":{"source_id":"u1"}},{"event":"e"}]}'
-    with pytest.raises(Invalid) as caught:
-        read_body(body[:cut])
-    assert caught.value.reason == "malformed_json"
+    for form in (body, b'{ "token": "t", \n "events" : ' + body[10:]):
+        with pytest.raises(Invalid) as caught:
+            read_body(form[: cut + len(form) - len(body)])
+        assert caught.value.reason == "malformed_json"

@@ -1068,8 +1068,9 @@ def trial(ruling: Ruling) -> bool:
         ({"loyalty": {"code": "L"}}, True, False),
         ({"customer": {"email": "a@shop.example"}}, True, False),
         ({}, False, False),
+        ({"customer": None}, True, False),
     ],
-    ids=["as-anybody", "loyalty", "profile", "no-origin"],
+    ids=["as-anybody", "loyalty", "profile", "no-origin", "nobody-named"],
 )
 def test_a_trial_lets_a_used_up_token_pass_only_where_none_would_do(
     parts: dict[str, object], allowed: bool, expected: bool
@@ -1085,6 +1086,16 @@ def test_a_name_that_looks_like_a_listed_one_meets_its_rule(name: str) -> None:
     rules = policy(rules=catalog('token = "required"'))
     assert verdict(rules, event(name)) == unauthenticated("token_missing")
     assert verdict(rules, event("else")) is None
+
+
+def test_every_spelling_of_a_name_counts_against_one_limit() -> None:
+    rules = policy(rules=catalog('limit = "3/1d"'))
+    digests = {
+        special[0]
+        for name in ("e", "E", " e", "e\t")
+        if (special := passed(rules, event(name)).special) is not None
+    }
+    assert len(digests) == 1
 
 
 def test_a_customer_that_a_token_names_is_told_apart() -> None:
