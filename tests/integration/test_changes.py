@@ -218,7 +218,9 @@ def version(n: int) -> str:
 
 
 def body(name: str) -> dict[str, object]:
-    return {"event": name, "customer": {"source_id": "u1"}, "metadata": {"n": "b"}}
+    # Of a customer each: one customer's events are delivered one after the other.
+    customer = f"u{random.getrandbits(48):x}"
+    return {"event": name, "customer": {"source_id": customer}, "metadata": {"n": "b"}}
 
 
 async def test_each_request_meets_one_version_whole_while_they_change_under_load(
@@ -280,7 +282,8 @@ async def test_each_request_meets_one_version_whole_while_they_change_under_load
         await relay.drained()
 
 
-PROBE = json.dumps(body("e"))
+def probe() -> str:
+    return json.dumps(body("e"))
 
 
 async def answers(
@@ -292,7 +295,7 @@ async def answers(
     async def same() -> bool:
         found = set()
         for _ in range(times):
-            async with session.post(url, data=PROBE, headers=headers) as answer:
+            async with session.post(url, data=probe(), headers=headers) as answer:
                 await answer.read()
                 found.add(answer.status)
         return found == {status}
@@ -329,7 +332,7 @@ async def test_a_file_that_went_wrong_changes_nothing_and_a_repaired_one_counts(
                 path.write_text("")
         os.kill(process.pid, signal.SIGHUP)
         await process.says("catalog.(refused|loaded)", within=5)
-        async with session.post(url, data=PROBE, headers=HEADERS) as answer:
+        async with session.post(url, data=probe(), headers=HEADERS) as answer:
             assert answer.status == 403
         told = await catalog_check(ready)
         assert told.startswith("ok, but the old one is in force: ")
@@ -413,7 +416,7 @@ async def test_a_process_that_starts_late_goes_by_the_rules_of_the_others(
         await refused_by_all(parent)
         await replaced(parent)
         # Else a rule that was in force is lifted again by a process that died.
-        async with session.post(url, data=PROBE, headers=HEADERS) as answer:
+        async with session.post(url, data=probe(), headers=HEADERS) as answer:
             assert answer.status == 403
         await answers(session, url, 403, times=30)
         await relay.drained()
