@@ -140,6 +140,8 @@ _FAULTS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError)
 def read_body(body: bytes) -> Body:
     """Find the events in a request body. Raises `Invalid` for the body as a whole."""
     start = body.lstrip(b" \t\r\n")[:1]
+    if (b"\\ud" in body or b"\\uD" in body) and (start == b"[" or b'"events"' in body):
+        body = _ESCAPE.sub(_whole, body)
     if start == b"[":
         return _several(_array(body), None, None)
     # A single event is by far the most frequent; `"events"` may stand in its
@@ -147,6 +149,17 @@ def read_body(body: bytes) -> Body:
     if start == b"{" and b'"events"' in body and (batch := _batch(body)) is not None:
         return _several(batch.events, batch.token, bytes(batch.report) or None)
     return Body(events=[body], several=False)
+
+
+# A title that a page has cut inside an emoji ends with half a surrogate pair, which is
+# no text (RFC 8259, 8.2), and would cost the events of its whole batch.
+_ESCAPE = re.compile(
+    rb"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|(u[dD][89a-fA-F]..)|.)", re.DOTALL
+)
+
+
+def _whole(escape: re.Match[bytes]) -> bytes:
+    return rb"\ufffd" if escape[1] else escape[0]
 
 
 def read_event(raw: Raw | bytes) -> Event:

@@ -371,3 +371,22 @@ def test_a_batch_that_was_cut_off_is_told_as_that(cut: int) -> None:
         with pytest.raises(Invalid) as caught:
             read_body(form[: cut + len(form) - len(body)])
         assert caught.value.reason == "malformed_json"
+
+
+@pytest.mark.parametrize(
+    ("said", "read"),
+    [
+        (r"Tasse \ud83d", "Tasse \ufffd"),
+        (r"\uDE00 low", "\ufffd low"),
+        (r"\ud83d\ud83d\ude00", "\ufffd\U0001f600"),
+        (r"\ud83d\ude00", "\U0001f600"),
+        (r"\\ud83d", r"\ud83d"),
+        (r"\\\ud83d", "\\\ufffd"),
+    ],
+)
+def test_half_an_emoji_costs_no_other_event(said: str, read: str) -> None:
+    event = '{"event":"e","customer":{"source_id":"u1"},"metadata":{"t":"%s"}}'
+    both = ",".join(event.replace("%s", text) for text in ("plain", said))
+    body = f'{{"events":[{both}]}}'
+    events = [read_event(raw) for raw in read_body(body.encode()).events]
+    assert [event.metadata for event in events] == [{"t": "plain"}, {"t": read}]

@@ -383,6 +383,7 @@ async def test_the_kill_switch_stops_it_for_the_page(visit: Visit) -> None:
     await page.wait_for_function("relay.on")
     await visit.track(page)
     await visit.arrived(1)  # what has come is delivered
+    await page.wait_for_function("!localStorage.length")  # and the answer is read
     await visit.track(page, 30)
     await page.evaluate("relay('flush'); dispatchEvent(new Event('pagehide'))")
     assert await visit.kept(page) == []
