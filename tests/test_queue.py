@@ -795,6 +795,19 @@ async def test_an_amnesty_is_not_prolonged(make: Make) -> None:
     assert sorted(left, reverse=True) == left
 
 
+async def test_an_amnesty_does_not_outlive_a_step_back_of_the_clock(
+    make: Make,
+) -> None:
+    bench = await make()
+    await bench.claim(0)
+    # Redis lets a key live until a moment, which the step has put an hour further.
+    key = f"{bench.queue.prefix}:amnesty"
+    await bench.client.set(key, "", px=3_620_000)
+    await bench.clock.pass_ms(-3_600_000)
+    await bench.claim(0)
+    assert 0 < await bench.client.pttl(key) <= 20_000
+
+
 async def test_an_event_marked_as_sent_is_not_handed_out_as_new(make: Make) -> None:
     bench = await make()
     await bench.take(event("paying", delivery="at_most_once"))

@@ -58,7 +58,10 @@ if back_ms > 1000 then
 end
 -- Nobody asked for a while: Redis was away, or the clock jumped. Then missing
 -- heartbeats prove nothing yet, and everyone gets the time to be heard again.
-if back_ms > 1000 or -back_ms > stale_ms / 2 then
+if back_ms > 1000 then
+  -- One that was given before would end by the old clock, as much later.
+  call('SET', P .. ':amnesty', '', 'PX', stale_ms)
+elseif -back_ms > stale_ms / 2 then
   call('SET', P .. ':amnesty', '', 'PX', stale_ms, 'NX')
 end
 call('HSET', flow, 'last_ms', now_ms)
