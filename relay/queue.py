@@ -390,7 +390,8 @@ class Queue:
             await self._ops.set(self._wait_key(event), "", px=(seconds + 5) * 1000)
 
     def _wait_key(self, event: Event) -> str:
-        return f"{self.prefix}:wait:{event[2]}:{event[0]}"  # customer and id
+        digest = id_digest(event[0])
+        return f"{self.prefix}:wait:{event[2]}:{digest}"
 
     async def outcome(self, event: Event, seconds: float) -> dict[str, object] | None:
         """Wait for an expected outcome; None when it is not known by then.
@@ -655,6 +656,11 @@ def _judge(info: dict[str, object]) -> list[str]:
             "`appendonly yes`."
         )
     return warnings
+
+
+def id_digest(event_id: str) -> str:
+    """What stands for an event's id in a key; lib.lua has the same."""
+    return sha1(event_id.encode(), usedforsecurity=False).hexdigest()[:20]
 
 
 def consumer_name() -> str:

@@ -1,7 +1,6 @@
 """Queues for tests: events made in a line, and a clock that tests move."""
 
 from collections.abc import Sequence
-from hashlib import sha1
 from itertools import count
 from pathlib import Path
 from typing import cast
@@ -19,6 +18,7 @@ from relay.queue import (
     Result,
     Scripts,
     Special,
+    id_digest,
 )
 
 SIMULATED = Scripts(clock="call('HMGET', P .. ':clock', 's', 'us')")
@@ -55,8 +55,7 @@ def result(claimed: Claimed, verdict: str, **parts: object) -> Result:
 
 def seen_key(queue: Queue, customer: str, event_id: str) -> str:
     """Where it stands that this id was taken for this customer."""
-    digest = sha1(event_id.encode(), usedforsecurity=False).hexdigest()[:20]
-    return f"{queue.prefix}:seen:{customer}:{digest}"
+    return f"{queue.prefix}:seen:{customer}:{id_digest(event_id)}"
 
 
 class Clock:

@@ -1034,3 +1034,18 @@ async def windows(bench: Bench) -> dict[str, str]:
         )
     ]
     return await bench.queue.hash(key.decode().removeprefix(f"{bench.queue.prefix}:"))
+
+
+async def test_no_key_shows_the_id_that_a_sender_chose(make: Make) -> None:
+    bench = await make()
+    named = event("jane-doe-1", name="told", customer="c")
+    await bench.queue.expect(named, 60)
+    await bench.take(named)
+    waiting = await bench.client.keys(f"{bench.queue.prefix}:*")
+    [claimed] = await bench.claim()
+    await bench.settle(result(claimed, "rejected"))
+    told = await bench.queue.outcome(named, 1)
+    assert told is not None
+    assert told["outcome"] == "rejected"
+    keys = [*waiting, *await bench.client.keys(f"{bench.queue.prefix}:*")]
+    assert not [key for key in keys if b"jane" in key]

@@ -149,8 +149,7 @@ local function admit(request_ip, event)
     refuse(name, 'rate_limited', 'rate_limited_' .. dims[refuser][1])
     return 2 + refuser, wait
   end
-  -- Another's id is not taken; and a digest, for a sender may put a name into its id.
-  local seen = P .. ':seen:' .. customer .. ':' .. string.sub(redis.sha1hex(id), 1, 20)
+  local seen = P .. ':seen:' .. customer .. ':' .. id_digest(id)  -- another's is not taken
   local charges = {}
   if special then
     -- Before what it may have used up itself: who sends an event again because the

@@ -46,7 +46,7 @@ local function named(fields)
 end
 
 local function replayed_key(letter)
-  return P .. ':replayed:' .. letter.customer .. ':' .. letter.id
+  return P .. ':replayed:' .. letter.customer .. ':' .. id_digest(letter.id)
 end
 
 -- Until when it may be delivered. Letters of an older version do not say it: then as

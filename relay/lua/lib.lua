@@ -202,6 +202,10 @@ local function remove(lane, id, customer)
   let_go_on(customer)
 end
 
+-- What stands for a sender's id in a key, for somebody may put a name into it; the same
+-- as queue.py has it.
+local function id_digest(id) return string.sub(redis.sha1hex(id), 1, 20) end
+
 -- A replay goes on by what became of the events that it has sent.
 local function tell_replay(event, told)
   local key = P .. ':replay'
@@ -220,7 +224,7 @@ end
 local function tell(event, told)
   tell_replay(event, told)
   told.replay_of = event.replay_of
-  local key = P .. ':wait:' .. event.customer .. ':' .. event.id
+  local key = P .. ':wait:' .. event.customer .. ':' .. id_digest(event.id)
   if call('EXISTS', key) == 0 then return end
   call('DEL', key)
   call('RPUSH', key .. ':outcome', cjson.encode(told))
