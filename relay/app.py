@@ -23,6 +23,7 @@ from relay.assembly import (
     make_catalog,
     make_digests,
     make_policy,
+    tell_of_strangers,
 )
 from relay.catalog import Catalog
 from relay.edge import Edge
@@ -159,7 +160,9 @@ class App:
     async def _look(self, *, at_once: bool) -> None:
         # In a thread: to read a large one takes longer than a beacon should wait.
         if await asyncio.to_thread(self._file.poll, at_once=at_once):
-            policy = make_policy(self._station.settings, self._file.catalog)
+            settings = self._station.settings
+            tell_of_strangers(settings, self._file.catalog)
+            policy = make_policy(settings, self._file.catalog)
             for edge in self._edges:  # between two requests: none sees half of it
                 edge.policy = policy
 

@@ -31,7 +31,7 @@ from relay.outcomes import Hold
 from relay.policy import Policy
 from relay.queue import Queue
 from relay.reload import CatalogFile
-from relay.settings import Settings
+from relay.settings import STRANGERS, Settings
 from relay.signing import Signer
 from relay.voucherify import Keys, Voucherify, shown_request
 
@@ -88,6 +88,17 @@ def make_catalog(settings: Settings, text: str | None = None) -> CatalogFile:
         )
     except CatalogError as error:
         raise SettingsError([f"RELAY_CATALOG: {f}" for f in error.faults]) from None
+
+
+def trusts_strangers(settings: Settings, catalog: Catalog) -> bool:
+    """Whether a sender without a token may say all that the schema allows."""
+    return not settings.restricted and catalog.takes_strangers(settings.tokens)
+
+
+def tell_of_strangers(settings: Settings, catalog: Catalog) -> None:
+    """Log what a catalogue lets any visitor do; without one, settings.py has said it."""
+    if settings.catalog is not None and trusts_strangers(settings, catalog):
+        log.warning("settings.doubtful", detail=STRANGERS)
 
 
 def make_policy(settings: Settings, catalog: Catalog) -> Policy:

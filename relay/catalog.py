@@ -105,20 +105,19 @@ class Catalog:
         return self._alike.get(_plain(name), self.defaults)
 
     @property
-    def needs_keys(self) -> bool:
-        """Whether a rule that can count looks at tokens, which takes signing keys."""
-        counting = [*self.rules.values()]
-        if self.unlisted == "accept":
-            counting.append(self.defaults)
-        return any(rule.token in ("required", "dry_run") for rule in counting)
+    def _counting(self) -> list[Rule]:
+        """The rules that an event can meet."""
+        others = [self.defaults] if self.unlisted == "accept" else []
+        return [*self.rules.values(), *others]
 
     @property
-    def takes_without_token(self) -> bool:
-        """Whether some rule lets events in without a token, whatever the setting."""
-        counting = [*self.rules.values()]
-        if self.unlisted == "accept":
-            counting.append(self.defaults)
-        return any(rule.token in ("off", "optional", "dry_run") for rule in counting)
+    def needs_keys(self) -> bool:
+        """Whether a rule that can count looks at tokens, which takes signing keys."""
+        return any(rule.token in ("required", "dry_run") for rule in self._counting)
+
+    def takes_strangers(self, tokens: str) -> bool:
+        """Whether some event needs no token, where `tokens` is the setting's rule."""
+        return any((rule.token or tokens) != "required" for rule in self._counting)
 
     @property
     def names(self) -> tuple[str, ...]:

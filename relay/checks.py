@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from urllib.parse import urlsplit
 
 from relay.addresses import TrustedProxies, is_loopback
-from relay.assembly import make_catalog
+from relay.assembly import make_catalog, trusts_strangers
 from relay.catalog import Catalog
 from relay.errors import SettingsError
 from relay.findings import Finding
@@ -110,9 +110,7 @@ def _doubts(settings: Settings, catalog: Iterable[str]) -> Iterator[Finding]:
 
 
 def _senders(settings: Settings, catalog: Catalog) -> Iterator[Finding]:
-    trusted = not settings.restricted and (
-        settings.tokens != "required" or catalog.takes_without_token
-    )
+    trusted = trusts_strangers(settings, catalog)
     if trusted:
         first = (
             "Leave RELAY_ANONYMOUS out, or set it to restricted: there are keys for "

@@ -80,11 +80,12 @@ def serve(workers: Workers = 1, no_forwarder: NoForwarder = False) -> None:
     Without RELAY_REDIS_URL it runs a private Valkey under RELAY_DATA_DIR.
     """
     _leave_on_signals()
-    from relay.assembly import make_catalog
+    from relay.assembly import make_catalog, tell_of_strangers
     from relay.serving import serve_many, serve_one
 
     settings = read_settings(Role.EDGE if no_forwarder else Role.SERVE)
-    make_catalog(settings)  # a faulty one ends it here, before anything is started
+    # A faulty one ends it here, before anything is started.
+    tell_of_strangers(settings, make_catalog(settings).catalog)
     forward = not no_forwarder
 
     def announce(where: str, ready: str) -> None:

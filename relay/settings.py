@@ -632,13 +632,19 @@ def _doubts(settings: Settings, role: Role) -> Iterator[str]:
         )
 
 
+# Said at the start, and when a catalogue makes it so.
+STRANGERS = (
+    "RELAY_ANONYMOUS: senders without a token are trusted, so any visitor can "
+    "overwrite a customer's profile and mint points. Set RELAY_SIGNING_KEYS "
+    "and give pages tokens, or set RELAY_ANONYMOUS=restricted."
+)
+
+
 def _doubts_about_senders(settings: Settings) -> Iterator[str]:
-    if not settings.restricted and settings.tokens != "required":
-        yield (
-            "RELAY_ANONYMOUS: senders without a token are trusted, so any visitor can "
-            "overwrite a customer's profile and mint points. Set RELAY_SIGNING_KEYS "
-            "and give pages tokens, or set RELAY_ANONYMOUS=restricted."
-        )
+    # With a catalogue that is for whoever has read it.
+    open_to_all = not settings.restricted and settings.tokens != "required"
+    if open_to_all and settings.catalog is None:
+        yield STRANGERS
     if settings.tokens == "dry_run" and settings.restricted:
         yield (
             "RELAY_TOKENS: dry_run refuses nothing by itself, but what comes without "

@@ -17,16 +17,18 @@ from relay.assembly import (
     bind,
     http_url,
     listen,
+    make_catalog,
     make_digests,
     make_policy,
     make_queue,
+    tell_of_strangers,
 )
 from relay.catalog import EMPTY
 from relay.edge import Edge, Head
 from relay.embedded import EmbeddedServer, running_url
 from relay.errors import RelayError
 from relay.limits import DEFAULT_LIMITS, parse_limits
-from relay.settings import Role, Settings, load_settings
+from relay.settings import STRANGERS, Role, Settings, load_settings
 from tests.queues import event
 from tests.support import eventually
 
@@ -295,3 +297,22 @@ async def test_a_hold_by_hand_is_logged_by_the_relay_and_leaves_it_ready(
             await eventually(resumed)
     [line] = said("delivery.held")
     assert line["reason"] == "Ana"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rule", "told"),
+    [("required", "off", True), ("off", "required", False), ("off", "off", True)],
+)
+def test_what_a_catalogue_lets_strangers_do_is_said_at_the_start(
+    tokens: str, rule: str, told: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "catalog.toml"
+    path.write_text(f'[defaults]\nunlisted = "reject"\n[events.e]\ntoken = "{rule}"\n')
+    made = settings(
+        signing_keys="k" * 32, anonymous="trusted", tokens=tokens, catalog=str(path)
+    )
+    assert not [w for w in made.warnings if w.startswith("RELAY_ANONYMOUS")]
+    with capture_logs() as lines:
+        tell_of_strangers(made, make_catalog(made).catalog)
+    said = [line["detail"] for line in lines if line["event"] == "settings.doubtful"]
+    assert said == ([STRANGERS] if told else [])

@@ -631,3 +631,25 @@ def test_the_reasons_of_metadata_are_told() -> None:
 def test_the_faults_of_the_document_are_real() -> None:
     text = "\n" * 7 + "[events.cart_abandoned]\nprority = 'low'\nttl = 7200\n"
     assert "\n".join(faults(text)) in section("Checking a file")
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens", "strangers"),
+    [
+        ("[defaults]", "optional", True),
+        ("[defaults]", "required", False),
+        ('[defaults]\ntoken = "required"', "off", False),
+        ('[defaults]\ntoken = "required"\n[events.x]', "off", True),
+        ('[events.x]\ntoken = "dry_run"', "required", True),
+        ('[defaults]\nunlisted = "reject"\n[events.x]', "optional", True),
+        (
+            '[defaults]\nunlisted = "reject"\n[events.x]\ntoken = "required"',
+            "off",
+            False,
+        ),
+    ],
+)
+def test_whether_strangers_are_let_in_is_for_rules_and_setting_together(
+    text: str, tokens: str, strangers: bool
+) -> None:
+    assert parse(text).takes_strangers(tokens) is strangers

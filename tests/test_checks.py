@@ -671,6 +671,21 @@ async def test_a_catalogue_that_relaxes_the_token_is_seen(
     assert "anonymous_trusted" in told
 
 
+async def test_a_catalogue_that_asks_always_leaves_nobody_trusted(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "c.toml").write_text(
+        '[defaults]\ntoken = "required"\n[events.e]\nlimit = "3/1d"\n'
+        'token = "required"\n'
+    )
+    told = await found(
+        signing_keys="S3CRET-" + "k" * 32,
+        anonymous="trusted",
+        catalog=str(tmp_path / "c.toml"),
+    )
+    assert "anonymous_trusted" not in told
+
+
 async def test_what_is_set_in_voucherify_names_its_screen() -> None:
     told = await found(origin="https://shop.example/path")
     assert "Voucherify: Project Settings, Client-side" in told["setting"].cure
