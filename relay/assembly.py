@@ -96,7 +96,7 @@ def trusts_strangers(settings: Settings, catalog: Catalog) -> bool:
 
 
 def tell_of_strangers(settings: Settings, catalog: Catalog) -> None:
-    """Log what a catalogue lets any visitor do; without one, settings.py has said it."""
+    """Log what a catalogue lets any visitor do; without one, settings.py says it."""
     if settings.catalog is not None and trusts_strangers(settings, catalog):
         log.warning("settings.doubtful", detail=STRANGERS)
 

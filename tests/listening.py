@@ -35,9 +35,17 @@ from relay.sandbox.oauth import Token
 from relay.sandbox.server import SandboxServer
 from relay.settings import SECRETS, Settings, variable
 from relay.signing import InvalidClaim, Signer, TokenRefused
+from relay.verdicts import MIN_SECRET
 from tests.leaks import Kind, Recorder
 
 OVERLAP = 4096  # of an output that is read again, so that no look cuts a value in two
+# Tests whose secrets are faulty, and so short, and looked for by the test itself; and
+# one with the secret that its digests were once made of.
+DELIBERATE = (
+    "test_digests_are_made_of_the_secret_alone_and_never_change",
+    "test_every_wrong_setting_is_told_on_a_line_of_its_own_without_its_value",
+    "test_a_token_that_is_no_header_is_refused_unseen",
+)
 SIGNED = 20  # tokens that the tests of one file have signed
 EVENTS = 200  # of each stream; one piece of code makes them all
 
@@ -106,6 +114,7 @@ class Listener:
 
     recorder: Recorder
     fakes: set[int] = field(default_factory=set)  # ports of sandboxes
+    short: set[str] = field(default_factory=set)  # secrets that nobody can look for
     _outputs: list[Output] = field(default_factory=list)
     _signers: Counter[str] = field(default_factory=Counter)
     _sent: WeakKeyDictionary[object, bytes] = field(default_factory=WeakKeyDictionary)
@@ -146,6 +155,10 @@ class Listener:
         for one in value.replace(",", " ").split():  # signing keys are a list
             if one not in EXAMPLES:
                 self.recorder.secret(one, name)
+            # At its import a module only makes the values of its tests.
+            deliberate = not where() or any(test in where() for test in DELIBERATE)
+            if len(one) < MIN_SECRET and not deliberate:
+                self.short.add(f"{where()}: {name}")
 
     def _minted(self, token: Token, *_: object) -> None:
         self.recorder.secret(token.value, "an access token")

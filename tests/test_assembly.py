@@ -42,7 +42,7 @@ def settings(**given: object) -> Settings:
         **{
             "allowed_origins": "https://shop.example",
             "client_application_id": "application-1",
-            "client_token": "token-1",
+            "client_token": "client-token-1",
             "origin": "https://shop.example",
             "cluster": "http://127.0.0.1:9",
             **given,
@@ -89,6 +89,7 @@ def of_people(**given: object) -> list[str]:
 
 def test_digests_are_made_of_the_secret_alone_and_never_change() -> None:
     others = of_people(
+        client_token="token-1",
         client_application_id="application-2",
         origin="https://other.example",
         allowed_origins="https://other.example",
@@ -96,7 +97,7 @@ def test_digests_are_made_of_the_secret_alone_and_never_change() -> None:
         limits="off",
         ops_token="ops-token-1a2b3c",
     )
-    assert of_people() == others
+    assert of_people(client_token="token-1") == others
     # Others would begin every limit anew, so this is as good as wire format.
     assert others == [
         "694883bc3fa7b26f95",
@@ -106,7 +107,7 @@ def test_digests_are_made_of_the_secret_alone_and_never_change() -> None:
 
 
 def test_another_token_makes_other_digests() -> None:
-    assert set(of_people(client_token="token-2")).isdisjoint(of_people())
+    assert set(of_people(client_token="client-token-2")).isdisjoint(of_people())
 
 
 def test_relays_with_one_token_share_digests_and_others_do_not() -> None:
@@ -124,7 +125,7 @@ def test_relays_with_one_token_share_digests_and_others_do_not() -> None:
         return head.address
 
     assert address() == address(redis_prefix="other", limits="off")
-    assert address() != address(client_token="token-2")
+    assert address() != address(client_token="client-token-2")
 
 
 # The queue

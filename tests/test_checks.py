@@ -151,7 +151,7 @@ async def test_each_wrong_setting_has_a_finding(tmp_path: Path) -> None:
         ({"origin": "notshop.example"}, "origin_elsewhere", "note"),
         ({"server_app_id": UUID}, "same_keys", "warning"),
         ({"client_tokn": "S3CRET"}, "setting_doubtful", "warning"),
-        ({"client_token": "tok"}, "odd_credentials", "note"),
+        ({"client_token": "token-of-another-form"}, "odd_credentials", "note"),
         ({"server_app_token": ENVIRON["RELAY_CLIENT_TOKEN"]}, "same_keys", "warning"),
         ({"uds": "/run/relay.sock"}, "setting_doubtful", "warning"),
         ({"cluster": "relay.invalid:1"}, "setting", "fault"),

@@ -125,7 +125,7 @@ def test_it_needs_no_port_and_reads_no_setting_of_the_person(tmp_path: Path) -> 
     own = {
         "RELAY_ENV_FILE": str(tmp_path / "env"),
         "RELAY_CLUSTER": "api",
-        "RELAY_CLIENT_TOKEN": "S3CRET",
+        "RELAY_CLIENT_TOKEN": "S3CRET-token",
         "RELAY_REDIS_URL": "redis://S3CRET@127.0.0.1:9",
         "RELAY_PORT": "not a port",
         "RELAY_TRACK_PATH": "/elsewhere",

@@ -201,7 +201,7 @@ async def test_the_delivery_table(
 async def test_an_upstream_that_is_not_there_costs_no_event(delivery: Delivery) -> None:
     nowhere = Voucherify(
         base_url="http://127.0.0.1:9",  # discard: nothing listens
-        keys=Keys(app_id="a", token=SecretStr("t")),
+        keys=Keys(app_id="a", token=SecretStr("token-of-a-test")),
         origin="https://shop.example",
     )
     up, delivery.upstream = delivery.upstream, nowhere

@@ -284,6 +284,7 @@ def test_what_the_suite_made_the_relay_say_holds_no_secret_and_no_other_customer
     listener = of_session()
     listener.look()
     recorder = listener.recorder
+    assert not listener.short, "\n".join(sorted(listener.short))
     found = recorder.leaks()
     assert not found, "\n".join(map(str, found))
     if _is_whole(request.session):  # or one of the places has gone deaf

@@ -107,7 +107,7 @@ def test_off_loopback_the_probes_are_open_and_the_rest_is_not_there(
         "RELAY_REDIS_URL": valkey_url,
         "RELAY_REDIS_PREFIX": prefix,
         "RELAY_ALLOWED_ORIGINS": "https://shop.example",
-        "RELAY_CLIENT_TOKEN": "t",
+        "RELAY_CLIENT_TOKEN": "client-token-1",
         "RELAY_PORT": "0",
         "RELAY_OPS_HOST": "0.0.0.0",
         "RELAY_OPS_PORT": "0",

@@ -170,7 +170,7 @@ def test_every_fault_is_reported_at_once_in_the_order_of_the_documents() -> None
 
 @pytest.mark.parametrize("field", FIELDS)
 def test_the_example_of_a_setting_is_valid(field: str) -> None:
-    given = {"RELAY_OPS_TOKEN": "t", variable(field): example(field)}
+    given = {"RELAY_OPS_TOKEN": "ops-token-1", variable(field): example(field)}
     environ = {**COMPLETE, **KEYS, **given}
     assert load_settings(Role.SERVE, environ) is not None
 
@@ -256,7 +256,7 @@ def test_off_loopback_the_ops_listener_needs_a_token() -> None:
     assert faults(Role.SERVE, environ).keys() == {"RELAY_OPS_TOKEN"}
     assert faults(Role.WORKER, environ).keys() == {"RELAY_OPS_TOKEN"}
     load_settings(Role.READ, environ)
-    load_settings(Role.SERVE, {**environ, "RELAY_OPS_TOKEN": "t"})
+    load_settings(Role.SERVE, {**environ, "RELAY_OPS_TOKEN": "ops-token-1"})
 
 
 def test_two_listeners_cannot_have_one_port() -> None:
@@ -412,7 +412,7 @@ def test_a_setting_of_a_later_version_says_so(name: str) -> None:
 def test_what_is_allowed_but_doubtful_is_a_warning() -> None:
     doubtful = {
         "RELAY_ALLOWED_ORIGINS": "*",
-        "RELAY_CLIENT_TOKEN": "t",
+        "RELAY_CLIENT_TOKEN": "client-token-1",
         "RELAY_UDS": "/run/relay.sock",
     }
     trusted, anyone, socket = load_settings(Role.EDGE, doubtful).warnings

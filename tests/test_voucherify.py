@@ -748,7 +748,7 @@ def test_an_origin_that_is_no_header_is_refused(origin: str | None) -> None:
 
 
 def test_without_credentials_there_is_no_client() -> None:
-    grant = Grant(version=1, app_id="a", secret=SecretStr("s"), scope="events")
+    grant = Grant(version=1, app_id="a", secret=SecretStr("of-a-grant"), scope="events")
     for some in ({}, {"grant": grant}, {"grant": grant, "keys": KEYS}):
         with pytest.raises(ValueError, match="give keys, or a grant with the store"):
             Voucherify(base_url="api", api="server", **some)
