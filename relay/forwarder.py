@@ -12,21 +12,18 @@ about an event's state alone; the scripts do, and only for its present owner.
 import asyncio
 import random
 from collections import OrderedDict
-from collections.abc import Callable
 from typing import Protocol
 
-import msgspec
 import structlog
 
 from relay.errors import QueueUnavailable
+from relay.judgement import Backoff, given_back, interrupted, judged, not_processed
 from relay.queue import Claimed, Queue, Result, consumer_name
 from relay.retry import next_delay_ms
-from relay.verdicts import Answer, Verdict
+from relay.verdicts import Answer
 
 LOOK_OUT_S = 4.0  # between two looks for dead forwarders: 20 s + 4 s < 30 s
 NAP_S = 1.0  # the longest time without a heartbeat, and without a look at the holds
-DEFAULT_PAUSE_MS = 5_000  # a 429 that names no time: the window of the client API
-HELD_MS = 1_000
 SENT_KEPT = 10_000
 SETTLE_MAX = 128
 BACKOFF_S, BACKOFF_MAX_S = 0.05, 2.0
@@ -55,7 +52,7 @@ class Forwarder:
         upstream: Upstream,
         concurrency: int = 32,
         drain_timeout_s: float = 10.0,
-        backoff: Callable[[int, int | None], int] = _backoff,
+        backoff: Backoff = _backoff,
         name: str | None = None,
         look_out_s: float = LOOK_OUT_S,
     ) -> None:
@@ -177,9 +174,9 @@ class Forwarder:
             return  # another forwarder has taken it over
         key = (claimed.id, claimed.received_ms)
         if unmarked is not None:
-            result = _back(claimed, unmarked, probe=probe)
+            result = given_back(claimed, unmarked, probe=probe)
         elif key in self._sent:
-            result = _interrupted(claimed, "claimed_again")
+            result = interrupted(claimed, "claimed_again")
         else:
             result = await self._send(claimed, key, probe=probe)
         await self._settle(result)
@@ -195,58 +192,28 @@ class Forwarder:
             answer = await self._upstream.send(claimed.body.encode())
             result = self._result(claimed, answer, probe=probe)
         except asyncio.CancelledError:  # the drain took too long
-            return _interrupted(claimed, "drain_timeout")
+            return interrupted(claimed, "drain_timeout")
         except Exception:
             # Our bug: the event's own rule says what a lost attempt means for it.
             log.exception("forwarder.delivery_failed")
-            return _interrupted(claimed, "internal")
-        if result.verdict in ("retry", "wait"):  # certainly not processed
+            return interrupted(claimed, "internal")
+        if not_processed(result):
             self._sent.pop(key, None)
         return result
 
     def _result(self, claimed: Claimed, answer: Answer, *, probe: bool) -> Result:
-        verdict, delay_ms = self._judge(claimed, answer)
-        if verdict != "delivered":
+        result = judged(claimed, answer, probe=probe, backoff=self._backoff)
+        if result.verdict != "delivered":
             log.warning(
                 "forwarder.not_delivered",
-                verdict=verdict,
+                verdict=result.verdict,
                 reason=answer.reason,
                 status=answer.status,
                 request_id=answer.request_id,
                 attempt=claimed.attempts + 1,
-                delay_ms=delay_ms,
+                delay_ms=result.delay_ms,
             )
-        return Result(
-            lane=claimed.lane,
-            entry=claimed.entry,
-            verdict=verdict,
-            reason=answer.reason,
-            status=answer.status or 0,
-            error=_error(answer),
-            delay_ms=delay_ms,
-            signal=_signal(answer),
-            pause_ms=_pause_ms(answer),
-            probe=probe,
-        )
-
-    def _judge(self, claimed: Claimed, answer: Answer) -> tuple[str, int]:
-        """The delivery table: verdict for the settle script, and delay in ms."""
-        match answer.verdict:
-            case Verdict.DELIVERED:
-                return "delivered", 0
-            case Verdict.REJECTED:
-                return "rejected", 0
-            case Verdict.WAIT:
-                return "wait", answer.retry_after_ms or DEFAULT_PAUSE_MS
-            case Verdict.RENEWED:
-                return "wait", 0
-            case Verdict.HOLD:
-                return "wait", HELD_MS
-            case Verdict.UNKNOWN if claimed.delivery == "at_most_once":
-                return "ambiguous", 0
-            case _:
-                attempt = claimed.attempts + 1
-                return "retry", self._backoff(attempt, answer.retry_after_ms)
+        return result
 
     # --- settling ---------------------------------------------------------------------
 
@@ -299,61 +266,3 @@ class Forwarder:
             log.error("forwarder.unsettled", results=len(self._results))
             self._settling.cancel()
             await asyncio.gather(self._settling, *late, return_exceptions=True)
-
-
-def _back(claimed: Claimed, reason: str, *, probe: bool) -> Result:
-    """Certainly not sent: give it back untouched."""
-    return Result(
-        lane=claimed.lane,
-        entry=claimed.entry,
-        verdict="release",
-        reason=reason,
-        delay_ms=HELD_MS,
-        probe=probe,
-    )
-
-
-def _interrupted(claimed: Claimed, reason: str) -> Result:
-    """It may have left, and no answer will come: its delivery rule decides."""
-    paying = claimed.delivery == "at_most_once"
-    return Result(
-        lane=claimed.lane,
-        entry=claimed.entry,
-        verdict="ambiguous" if paying else "retry",
-        reason=reason,
-        delay_ms=HELD_MS,
-    )
-
-
-def _signal(answer: Answer) -> str:
-    """What an answer says about Voucherify as a whole."""
-    match answer.verdict:
-        case Verdict.DELIVERED | Verdict.REJECTED:
-            return "ok"
-        case Verdict.RETRY | Verdict.UNKNOWN:
-            return "failed"
-        case Verdict.HOLD if answer.hold is not None:
-            return str(answer.hold)
-        case _:
-            return "none"
-
-
-def _pause_ms(answer: Answer) -> int:
-    """How long nobody may call: a 429, or the last call of a window."""
-    if answer.verdict is Verdict.WAIT:
-        return answer.retry_after_ms or DEFAULT_PAUSE_MS
-    if answer.verdict is Verdict.HOLD or answer.remaining == 0:
-        return answer.retry_after_ms or 0
-    return 0
-
-
-def _error(answer: Answer) -> str:
-    """Voucherify's own words, for the dead letters and `Prefer: wait`."""
-    said = {
-        "key": answer.error_key,
-        "message": answer.error_message,
-        "details": answer.error_details,
-        "request_id": answer.request_id,
-    }
-    known = {name: value for name, value in said.items() if value}
-    return msgspec.json.encode(known).decode() if known else ""

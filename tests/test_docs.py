@@ -549,7 +549,7 @@ def reasons_of_dead_letters() -> set[str]:
         found |= set(re.findall(r"bury\(\w+, \w+, '\w+', '(\w+)'", source))
     for tree in trees("forwarder"):
         for name, call in calls(tree):
-            if name == "_interrupted":
+            if name == "interrupted":
                 found |= set(texts(call.args[1]))
     for tree in trees("verdicts"):
         found |= {

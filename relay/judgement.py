@@ -1,0 +1,121 @@
+"""The delivery table: what an answer means for one event in flight.
+
+Pure: an event and an `Answer` in, a `Result` for the settle script out. The delays
+between tries are drawn by a function that is handed in, so whoever decides twice with
+the same draws decides alike: the forwarder with real time, a simulation with its own.
+"""
+
+from collections.abc import Callable
+
+import msgspec
+
+from relay.queue import Claimed, Result
+from relay.verdicts import Answer, Verdict
+
+DEFAULT_PAUSE_MS = 5_000  # a 429 that names no time: the window of the client API
+HELD_MS = 1_000
+
+# Milliseconds until the next try, from the attempt's number and what Voucherify told.
+Backoff = Callable[[int, int | None], int]
+
+
+def judged(
+    claimed: Claimed, answer: Answer, *, probe: bool, backoff: Backoff
+) -> Result:
+    """What is settled when an answer has come, or surely none will come."""
+    verdict, delay_ms = _fate(claimed, answer, backoff)
+    return Result(
+        lane=claimed.lane,
+        entry=claimed.entry,
+        verdict=verdict,
+        reason=answer.reason,
+        status=answer.status or 0,
+        error=_error(answer),
+        delay_ms=delay_ms,
+        signal=_signal(answer),
+        pause_ms=_pause_ms(answer),
+        probe=probe,
+    )
+
+
+def given_back(claimed: Claimed, reason: str, *, probe: bool) -> Result:
+    """Certainly not sent: give it back untouched."""
+    return Result(
+        lane=claimed.lane,
+        entry=claimed.entry,
+        verdict="release",
+        reason=reason,
+        delay_ms=HELD_MS,
+        probe=probe,
+    )
+
+
+def interrupted(claimed: Claimed, reason: str) -> Result:
+    """It may have left, and no answer will come: its delivery rule decides."""
+    paying = claimed.delivery == "at_most_once"
+    return Result(
+        lane=claimed.lane,
+        entry=claimed.entry,
+        verdict="ambiguous" if paying else "retry",
+        reason=reason,
+        delay_ms=HELD_MS,
+    )
+
+
+def not_processed(result: Result) -> bool:
+    """Whether the same event may certainly be sent again."""
+    return result.verdict in ("retry", "wait")
+
+
+def _fate(claimed: Claimed, answer: Answer, backoff: Backoff) -> tuple[str, int]:
+    """Verdict for the settle script, and delay in ms."""
+    match answer.verdict:
+        case Verdict.DELIVERED:
+            return "delivered", 0
+        case Verdict.REJECTED:
+            return "rejected", 0
+        case Verdict.WAIT:
+            return "wait", answer.retry_after_ms or DEFAULT_PAUSE_MS
+        case Verdict.RENEWED:
+            return "wait", 0
+        case Verdict.HOLD:
+            return "wait", HELD_MS
+        case Verdict.UNKNOWN if claimed.delivery == "at_most_once":
+            return "ambiguous", 0
+        case _:
+            attempt = claimed.attempts + 1
+            return "retry", backoff(attempt, answer.retry_after_ms)
+
+
+def _signal(answer: Answer) -> str:
+    """What an answer says about Voucherify as a whole."""
+    match answer.verdict:
+        case Verdict.DELIVERED | Verdict.REJECTED:
+            return "ok"
+        case Verdict.RETRY | Verdict.UNKNOWN:
+            return "failed"
+        case Verdict.HOLD if answer.hold is not None:
+            return str(answer.hold)
+        case _:
+            return "none"
+
+
+def _pause_ms(answer: Answer) -> int:
+    """How long nobody may call: a 429, or the last call of a window."""
+    if answer.verdict is Verdict.WAIT:
+        return answer.retry_after_ms or DEFAULT_PAUSE_MS
+    if answer.verdict is Verdict.HOLD or answer.remaining == 0:
+        return answer.retry_after_ms or 0
+    return 0
+
+
+def _error(answer: Answer) -> str:
+    """Voucherify's own words, for the dead letters and `Prefer: wait`."""
+    said = {
+        "key": answer.error_key,
+        "message": answer.error_message,
+        "details": answer.error_details,
+        "request_id": answer.request_id,
+    }
+    known = {name: value for name, value in said.items() if value}
+    return msgspec.json.encode(known).decode() if known else ""
