@@ -5,13 +5,16 @@ BIN := .venv/bin
 RUN := .venv/.run-$(shell cat requirements/run.txt pyproject.toml | cksum | cut -d' ' -f1)
 DEV := .venv/.dev-$(shell cat requirements/dev.txt pyproject.toml | cksum | cut -d' ' -f1)
 
-.PHONY: demo test check format snippet snippet-package snippet-table clean
+.PHONY: demo test simulate check format snippet snippet-package snippet-table clean
 
 demo: $(RUN)  ## the whole relay on this machine, with a fake Voucherify
 	@$(BIN)/python -m relay demo
 
 test: $(DEV)  ## every test that this machine has the programs for
 	@$(BIN)/pytest $(ARGS)
+
+simulate: $(DEV)  ## days of traffic in seconds, into docs/delivery.md; ARGS="--scenario sale"
+	@$(BIN)/python -m simulation $(ARGS)
 
 check: $(DEV)  ## format, lint, types; the documents are held by tests
 	@$(BIN)/ruff format --check .

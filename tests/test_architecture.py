@@ -114,3 +114,9 @@ def test_the_sandbox_is_a_twin_not_a_copy() -> None:
     """It reads the published schema with its own eyes, not with the relay's."""
     for path in (PACKAGE / "sandbox").glob("*.py"):
         assert internal(path) <= {"errors", "outcomes", "sandbox"}, path
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_the_relay_knows_nothing_of_what_proves_it(path: Path) -> None:
+    used = {name.split(".")[0] for name in imports(path)}
+    assert used & {"simulation", "tests", "hypothesis"} == set()

@@ -1,0 +1,453 @@
+"""Random histories of the queue: whatever happens, in any order, its promises hold.
+
+A state machine of hypothesis takes the place of edge, forwarders and Voucherify. It
+enqueues, claims, marks, sends, hears every kind of answer, settles, loses Redis'
+answers, kills forwarders or lets them fall asleep, loses a consumer group, restarts
+everything, holds by hand, and moves Redis' clock. After each step the referee and
+Redis are asked; at the end everything must find its way out of the queue.
+
+A clock that jumps forward makes Redis believe that windows are over, and there is no
+other clock: so the windows are judged by themselves on each side of such a jump.
+"""
+
+import asyncio
+from collections.abc import Awaitable
+from dataclasses import dataclass, field
+from typing import TypeVar, cast
+
+import msgspec
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from redis.asyncio import Redis
+
+from relay.judgement import given_back, interrupted, judged, not_processed
+from relay.limits import parse_budget
+from relay.queue import QUEUED, Claimed, Event, Queue, Result
+from relay.verdicts import Answer, Verdict, read_answer
+from simulation.clock import Clock, SimulatedScripts
+from simulation.play import leave, wipe
+from simulation.referee import Left, Referee, most_within
+from simulation.voucherify import Heard
+
+T = TypeVar("T")
+
+PREFIX = "simulation-histories"
+EGRESS = "all"
+# Two fleets of one address; of each length the wider window is what counts.
+BUDGETS = {"a": "4/5s, 9/1m", "b": "3/5s, 9/1m"}
+WINDOWS = {5_000: 4, 60_000: 9}
+CUSTOMERS = ("ann", "bob", "cem")
+TTL_MS = (2_000, 60_000, 72 * 3_600_000)
+WAITS_MS = (1, 50, 1_000, 5_100, 21_000, 61_000, 600_000, 3_700_000)
+STEPS_MS = (-3_600_000, -60_000, -1_500, -400, 400, 60_000)
+
+# Every kind of answer: what Voucherify says, and whether it has taken the event.
+ANSWERS: dict[str, tuple[Answer, bool]] = {
+    **{
+        f"{status}{'-cycle' if headers else ''}": (
+            read_answer(status, headers, b"{}", now=0),
+            status == 200,
+        )
+        for status, headers in [
+            *((s, {}) for s in (200, 400, 404, 401, 402, 405, 429, 502, 503)),
+            (429, {"x-rate-limit-type": "api_calls_cycle", "retry-after": "90000"}),
+        ]
+    },
+    **{
+        f"{status}{'-taken' if taken else ''}": (
+            read_answer(status, {}, b"", now=0),
+            taken,
+        )
+        for status in (500, 504)
+        for taken in (False, True)
+    },
+    **{
+        f"silence{'-taken' if taken else ''}": (
+            Answer(verdict=Verdict.UNKNOWN, reason="read_timeout"),
+            taken,
+        )
+        for taken in (False, True)
+    },
+    "unconnected": (Answer(verdict=Verdict.RETRY, reason="connect_failed"), False),
+}
+USUAL = ("200", "200", "200", *ANSWERS)
+
+
+@dataclass
+class Held:
+    """An event in a forwarder's hands."""
+
+    claimed: Claimed
+    probe: bool
+    marked: bool = False
+    result: Result | None = None  # to be settled
+
+
+@dataclass
+class Hands:
+    """What one forwarder knows; all of it is gone when it is killed."""
+
+    name: str
+    queue: str  # its fleet
+    held: dict[str, Held] = field(default_factory=dict)
+    sent: set[tuple[str, int]] = field(default_factory=set)
+
+
+class Histories(RuleBasedStateMachine):
+    """One history, from an empty queue to an empty queue."""
+
+    url = ""  # of the server: set by `check`
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._runner = asyncio.Runner()
+        self._client = Redis.from_url(self.url)
+        self._clock = Clock()
+        self._scripts = SimulatedScripts(self._clock)
+        self._do(wipe(self._client, PREFIX))
+        self._queues = self._open()
+        self._referee = Referee()
+        self._seq = self._made = self._named = 0
+        self._hands = {n: self._hire(n) for n in ("a", "b")}
+        self._eras: list[list[int]] = [[]]  # calls, anew with each jump forward
+        self._by_hand = False
+
+    def teardown(self) -> None:
+        try:
+            self._drain()
+            left = self._left()
+            assert not left.waiting, f"never come out: {left.waiting}"
+            self._judge(left)
+        finally:
+            self._close()
+            self._do(wipe(self._client, PREFIX))
+            self._do(self._client.aclose())
+            self._runner.close()
+
+    # --- the way in -----------------------------------------------------------------
+
+    @rule(
+        customers=st.lists(st.sampled_from(CUSTOMERS), min_size=1, max_size=4),
+        lane=st.sampled_from(("high", "normal", "low")),
+        delivery=st.sampled_from(("at_least_once", "at_most_once")),
+        ttl_ms=st.sampled_from(TTL_MS),
+        lost=st.booleans(),
+        again=st.booleans(),
+    )
+    def enqueue(
+        self,
+        customers: list[str],
+        lane: str,
+        delivery: str,
+        ttl_ms: int,
+        lost: bool,  # drawn by hypothesis
+        again: bool,
+    ) -> None:
+        events: list[Event] = []
+        for customer in customers:
+            self._made += 1
+            name = f"e{self._made}"
+            rules = (lane, delivery, ttl_ms)
+            events.append((name, True, customer, "e", *rules, "{}", None))
+        if again:
+            events.append(events[0])
+        self._seq += 1
+        for _ in range(1 + lost):  # an answer that is lost is asked for again
+            [reply] = self._do(
+                self._queues["a"].commit("w:0", self._seq, [("ip", events)], [])
+            )
+        assert reply.codes[::2] == [QUEUED] * len(customers) + [1] * again
+        for event in events[: len(customers)]:
+            self._referee.accepted(
+                event[0],
+                at_ms=self._clock.now_ms,
+                customer=event[2],
+                lane=lane,
+                delivery=delivery,
+                ttl_ms=ttl_ms,
+                value=1,
+            )
+        if again:
+            self._referee.refused["duplicate"] += 1
+
+    # --- the way out ----------------------------------------------------------------
+
+    @rule(
+        who=st.sampled_from("ab"),
+        wanted=st.integers(0, 6),
+        look_out=st.booleans(),
+        lost=st.sampled_from((False, False, False, True)),
+    )
+    def claim(self, who: str, wanted: int, look_out: bool, lost: bool) -> None:
+        hands = self._hands[who]
+        tick = self._do(
+            self._queues[hands.queue].tick(
+                hands.name, wanted, look_out=look_out, held=list(hands.held)
+            )
+        )
+        assert not (self._by_hand and tick.claimed), "given out under a hold by hand"
+        assert len(tick.claimed) <= (min(wanted, 1) if tick.probe else wanted)
+        for claimed in tick.claimed:
+            # Charged to the budget when it is given out, whether it is sent or not.
+            self._eras[-1].append(self._clock.now_ms)
+            self._referee.claimed(claimed, probe=tick.probe)
+            if not lost:
+                hands.held[claimed.place] = Held(claimed, tick.probe)
+
+    @rule(who=st.sampled_from("ab"), lost=st.sampled_from((False, False, False, True)))
+    def mark(self, who: str, lost: bool) -> None:
+        hands = self._hands[who]
+        paying = [
+            held
+            for held in hands.held.values()
+            if held.claimed.delivery == "at_most_once"
+            and not held.marked
+            and held.result is None
+        ]
+        if not paying:
+            return
+        said = self._do(
+            self._queues[hands.queue].mark(hands.name, [h.claimed for h in paying])
+        )
+        for held, ours in zip(paying, said, strict=True):
+            if lost:
+                held.result = given_back(held.claimed, "lost", probe=held.probe)
+            elif ours:
+                held.marked = True
+            else:
+                del hands.held[held.claimed.place]
+
+    @rule(
+        who=st.sampled_from("ab"),
+        kind=st.sampled_from(USUAL),
+        pick=st.integers(0, 5),
+        delay_ms=st.sampled_from((1_000, 4_000, 600_000)),
+    )
+    def send(self, who: str, kind: str, pick: int, delay_ms: int) -> None:
+        hands = self._hands[who]
+        ready = [
+            held
+            for held in hands.held.values()
+            if held.result is None
+            and (held.marked or held.claimed.delivery == "at_least_once")
+        ]
+        if ready:
+            self._send(hands, ready[pick % len(ready)], kind, delay_ms)
+
+    @rule(who=st.sampled_from("ab"), lost=st.sampled_from((False, False, False, True)))
+    def settle(self, who: str, lost: bool) -> None:
+        hands = self._hands[who]
+        for held in [h for h in hands.held.values() if h.result is not None]:
+            self._settle(hands, held, lost=lost)
+
+    # --- what goes wrong ------------------------------------------------------------
+
+    @rule(ms=st.sampled_from(WAITS_MS))
+    def time_passes(self, ms: int) -> None:
+        """Whoever has something in hand meanwhile sleeps, as a stalled process does."""
+        self._clock.now_ms += ms
+
+    @rule(who=st.sampled_from("ab"))
+    def kill(self, who: str) -> None:
+        self._hands[who] = self._hire(who)
+
+    @rule()
+    def restart_everything(self) -> None:
+        for who in "ab":
+            self.kill(who)
+        self._close()
+        self._do(self._client.script_flush())
+        self._queues = self._open()
+
+    @rule(lane=st.sampled_from(("high", "normal", "low", "retry")))
+    def lose_a_group(self, lane: str) -> None:
+        """As a failover does, that had the stream and not yet its group."""
+        key = f"{self._queues['a'].prefix}:q:{lane}"
+        if self._do(self._client.exists(key)):
+            self._do(self._client.xgroup_destroy(key, "relay"))
+
+    @rule(ms=st.sampled_from(STEPS_MS))
+    def clock_steps(self, ms: int) -> None:
+        self._clock.off_ms += ms
+        if ms > 0:
+            self._eras.append([])
+
+    @rule()
+    def hold(self) -> None:
+        self._do(self._queues["a"].hold("a test"))
+        self._by_hand = True
+
+    @precondition(lambda self: self._by_hand)
+    @rule()
+    def resume(self) -> None:
+        self._do(self._queues["a"].resume())
+        self._by_hand = False
+
+    # --- what must hold -------------------------------------------------------------
+
+    @invariant()
+    def promises_hold(self) -> None:
+        self._judge(self._left())
+
+    @invariant()
+    def no_window_is_passed(self) -> None:
+        for calls in self._eras:
+            for window_ms, most in WINDOWS.items():
+                assert most_within(calls, window_ms) <= most, (window_ms, calls)
+
+    @invariant()
+    def a_customer_has_one_in_flight(self) -> None:
+        whose = [self._referee.events[name].customer for name in self._in_flight()]
+        assert len(whose) == len(set(whose)), whose
+
+    def _judge(self, left: Left) -> None:
+        for finding in self._referee.promises(left):
+            # Beside each other and out of order is what a stalled or a lost forwarder's
+            # events may be; who is in flight, Redis itself is asked above.
+            if finding.check not in ("one_at_a_time", "in_order"):
+                assert finding.kept, finding
+
+    # --- parts ----------------------------------------------------------------------
+
+    def _do(self, asked: Awaitable[T]) -> T:
+        async def do() -> T:
+            return await asked
+
+        return self._runner.run(do())
+
+    def _open(self) -> dict[str, Queue]:
+        return {
+            name: Queue(
+                url=self.url,
+                prefix=PREFIX,
+                budget=parse_budget(budget),
+                egress=EGRESS,
+                timeout=10.0,
+                scripts=self._scripts,
+            )
+            for name, budget in BUDGETS.items()
+        }
+
+    def _close(self) -> None:
+        for queue in self._queues.values():
+            self._do(queue.aclose())
+
+    def _hire(self, who: str) -> Hands:
+        self._named += 1
+        return Hands(f"{who}{self._named}", who)
+
+    def _send(self, hands: Hands, held: Held, kind: str, delay_ms: int) -> None:
+        claimed = held.claimed
+        key = (claimed.id, claimed.received_ms)
+        if key in hands.sent:
+            held.result = interrupted(claimed, "claimed_again")
+            return
+        if claimed.delivery == "at_most_once":
+            hands.sent.add(key)
+        answer, taken = ANSWERS[kind]
+        now = self._clock.now_ms
+        self._referee.departed(claimed, now)
+        heard = Heard(answer=answer, after_ms=0, processed=taken)
+        self._referee.arrived(claimed, heard, EGRESS, now)
+        self._referee.ended(claimed)
+        held.result = judged(
+            claimed, answer, probe=held.probe, backoff=lambda _, told: told or delay_ms
+        )
+        self._referee.judged(claimed, held.result)
+        if not_processed(held.result):
+            hands.sent.discard(key)
+
+    def _settle(self, hands: Hands, held: Held, *, lost: bool) -> None:
+        result, name = held.result, held.claimed.id
+        assert result is not None
+        before = self._left()
+        n = self._do(self._queues[hands.queue].settle(hands.name, [result]))
+        after = self._left()
+        if n == 0:  # taken over meanwhile, or settled before its answer was lost
+            assert sorted(after.waiting) == sorted(before.waiting)
+            assert after.dead == before.dead
+        else:
+            ends = [end for id_, end in after.dead if id_ == name]
+            assert self._fits(result, ends, waits=name in after.waiting), (result, ends)
+        if not lost:
+            del hands.held[held.claimed.place]
+
+    def _fits(self, result: Result, ends: list[str], *, waits: bool) -> bool:
+        """The delivery table: where an event is after its result was settled."""
+        match result.verdict:
+            case "delivered":
+                return not ends and not waits
+            case "rejected" | "ambiguous":
+                return ends == [result.verdict] and not waits
+            case _:  # to be tried again; or too old, or a hold is its own doing
+                if result.signal in ("auth_hold", "config_hold") and ends == [
+                    "rejected"
+                ]:
+                    return not waits
+                return ends == ["expired"] if ends else waits
+
+    def _left(self) -> Left:
+        return self._do(leave(self._client, self._queues["a"]))
+
+    def _in_flight(self) -> list[str]:
+        """Ids of what is pending, as Redis' streams have it."""
+        names = []
+        for lane in ("high", "normal", "low", "retry"):
+            key = f"{self._queues['a'].prefix}:q:{lane}"
+            if not self._do(self._client.exists(key)):
+                continue
+            if not self._do(self._client.xinfo_groups(key)):
+                continue
+            pending = self._do(self._client.xpending_range(key, "relay", "-", "+", 100))
+            for one in cast("list[dict[str, bytes]]", pending):
+                entry = one["message_id"]
+                found = self._do(self._client.xrange(key, entry, entry))
+                packed = cast("list[tuple[bytes, dict[bytes, bytes]]]", found)
+                names += [_id(fields[b"e"]) for _, fields in packed]
+        return names
+
+    def _drain(self) -> None:
+        """Let all be well again, and time go on."""
+        if self._by_hand:
+            self.resume()
+        for who in "ab":
+            self.kill(who)
+        hands = self._hands["a"]
+        for _ in range(400):
+            self._clock.now_ms += 6_000
+            self.claim("a", 6, look_out=True, lost=False)
+            self.mark("a", lost=False)
+            for held in list(hands.held.values()):
+                if held.result is None:
+                    self._send(hands, held, "200", 1_000)
+            self.settle("a", lost=False)
+            if not self._left().waiting:
+                return
+            if not self._in_flight():  # a hold, or a retry that is due much later
+                self._clock.now_ms += 60_000
+
+
+def _id(packed: bytes) -> str:
+    """The id in a packed event: its first element."""
+    return cast("list[str]", msgspec.msgpack.decode(packed))[0]
+
+
+def check(url: str, *, examples: int, steps: int, repeatable: bool) -> None:
+    """Try that many histories. Raises with the shortest one that breaks a promise."""
+    made = type("Histories", (Histories,), {"url": url})
+    run_state_machine_as_test(
+        made,
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=steps,
+            deadline=None,
+            derandomize=repeatable,
+        ),
+    )

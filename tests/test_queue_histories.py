@@ -1,0 +1,7 @@
+"""Random histories of the whole queue; simulation/histories.py says what may happen."""
+
+from simulation.histories import check
+
+
+def test_every_history_keeps_the_promises(valkey_url: str) -> None:
+    check(valkey_url, examples=60, steps=40, repeatable=True)
