@@ -15,13 +15,11 @@ from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
-import msgspec
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     invariant,
-    precondition,
     rule,
     run_state_machine_as_test,
 )
@@ -41,11 +39,12 @@ T = TypeVar("T")
 PREFIX = "simulation-histories"
 EGRESS = "all"
 # Two fleets of one address; of each length the wider window is what counts.
-BUDGETS = {"a": "4/5s, 9/1m", "b": "3/5s, 9/1m"}
-WINDOWS = {5_000: 4, 60_000: 9}
-CUSTOMERS = ("ann", "bob", "cem")
-TTL_MS = (2_000, 60_000, 72 * 3_600_000)
-WAITS_MS = (1, 50, 1_000, 5_100, 21_000, 61_000, 600_000, 3_700_000)
+BUDGETS = {"a": "4/5s, 20/1m", "b": "3/5s, 20/1m"}
+WINDOWS = {5_000: 4, 60_000: 20}
+CUSTOMERS = ("ann", "bob", "cem", "dee", "eli", "fay")
+TTL_MS = (2_000, 72 * 3_600_000, 72 * 3_600_000)
+WAITS_MS = (1, 1_000, 2_500, 4_999, 5_100, 5_100, 12_000, 59_999, 3_700_000)
+RARELY = st.sampled_from((False, False, False, True))
 STEPS_MS = (-3_600_000, -60_000, -1_500, -400, 400, 60_000)
 
 # Every kind of answer: what Voucherify says, and whether it has taken the event.
@@ -77,7 +76,22 @@ ANSWERS: dict[str, tuple[Answer, bool]] = {
     },
     "unconnected": (Answer(verdict=Verdict.RETRY, reason="connect_failed"), False),
 }
-USUAL = ("200", "200", "200", *ANSWERS)
+USUAL = (*("200",) * 12, *ANSWERS)
+
+_PENDING = """
+local ids = {}
+for _, key in ipairs(KEYS) do
+  local pending = redis.pcall('XPENDING', key, 'relay', '-', '+', 1000)
+  for _, p in ipairs(pending.err and {} or pending) do
+    for _, item in ipairs(redis.call('XRANGE', key, p[1], p[1])) do
+      for f = 1, #item[2], 2 do
+        if item[2][f] == 'e' then ids[#ids + 1] = cmsgpack.unpack(item[2][f + 1])[1] end
+      end
+    end
+  end
+end
+return ids
+"""
 
 
 @dataclass
@@ -117,7 +131,6 @@ class Histories(RuleBasedStateMachine):
         self._seq = self._made = self._named = 0
         self._hands = {n: self._hire(n) for n in ("a", "b")}
         self._eras: list[list[int]] = [[]]  # calls, anew with each jump forward
-        self._by_hand = False
 
     def teardown(self) -> None:
         try:
@@ -134,12 +147,12 @@ class Histories(RuleBasedStateMachine):
     # --- the way in -----------------------------------------------------------------
 
     @rule(
-        customers=st.lists(st.sampled_from(CUSTOMERS), min_size=1, max_size=4),
+        customers=st.lists(st.sampled_from(CUSTOMERS), min_size=1, max_size=6),
         lane=st.sampled_from(("high", "normal", "low")),
         delivery=st.sampled_from(("at_least_once", "at_most_once")),
         ttl_ms=st.sampled_from(TTL_MS),
-        lost=st.booleans(),
-        again=st.booleans(),
+        lost=RARELY,
+        again=RARELY,
     )
     def enqueue(
         self,
@@ -181,10 +194,28 @@ class Histories(RuleBasedStateMachine):
 
     @rule(
         who=st.sampled_from("ab"),
+        what=st.sampled_from(("claim", "claim", "mark", "send", "settle")),
         wanted=st.integers(0, 6),
-        look_out=st.booleans(),
-        lost=st.sampled_from((False, False, False, True)),
+        kind=st.sampled_from(USUAL),
+        lost=RARELY,
     )
+    def part_of_a_turn(
+        self,
+        who: str,
+        what: str,
+        wanted: int,
+        kind: str,
+        lost: bool,
+    ) -> None:
+        if what == "claim":
+            self.claim(who, wanted, look_out=lost, lost=lost)
+        elif what == "mark":
+            self.mark(who, lost=lost)
+        elif what == "send":
+            self.send(who, kind, wanted)
+        else:
+            self.settle(who, lost=lost)
+
     def claim(self, who: str, wanted: int, look_out: bool, lost: bool) -> None:
         hands = self._hands[who]
         tick = self._do(
@@ -192,7 +223,6 @@ class Histories(RuleBasedStateMachine):
                 hands.name, wanted, look_out=look_out, held=list(hands.held)
             )
         )
-        assert not (self._by_hand and tick.claimed), "given out under a hold by hand"
         assert len(tick.claimed) <= (min(wanted, 1) if tick.probe else wanted)
         for claimed in tick.claimed:
             # Charged to the budget when it is given out, whether it is sent or not.
@@ -201,7 +231,6 @@ class Histories(RuleBasedStateMachine):
             if not lost:
                 hands.held[claimed.place] = Held(claimed, tick.probe)
 
-    @rule(who=st.sampled_from("ab"), lost=st.sampled_from((False, False, False, True)))
     def mark(self, who: str, lost: bool) -> None:
         hands = self._hands[who]
         paying = [
@@ -217,6 +246,8 @@ class Histories(RuleBasedStateMachine):
             self._queues[hands.queue].mark(hands.name, [h.claimed for h in paying])
         )
         for held, ours in zip(paying, said, strict=True):
+            if ours:
+                self._referee.marked(held.claimed)
             if lost:
                 held.result = given_back(held.claimed, "lost", probe=held.probe)
             elif ours:
@@ -224,13 +255,7 @@ class Histories(RuleBasedStateMachine):
             else:
                 del hands.held[held.claimed.place]
 
-    @rule(
-        who=st.sampled_from("ab"),
-        kind=st.sampled_from(USUAL),
-        pick=st.integers(0, 5),
-        delay_ms=st.sampled_from((1_000, 4_000, 600_000)),
-    )
-    def send(self, who: str, kind: str, pick: int, delay_ms: int) -> None:
+    def send(self, who: str, kind: str, pick: int) -> None:
         hands = self._hands[who]
         ready = [
             held
@@ -239,13 +264,66 @@ class Histories(RuleBasedStateMachine):
             and (held.marked or held.claimed.delivery == "at_least_once")
         ]
         if ready:
-            self._send(hands, ready[pick % len(ready)], kind, delay_ms)
+            self._send(hands, ready[pick % len(ready)], kind, 4_000)
 
-    @rule(who=st.sampled_from("ab"), lost=st.sampled_from((False, False, False, True)))
     def settle(self, who: str, lost: bool) -> None:
         hands = self._hands[who]
         for held in [h for h in hands.held.values() if h.result is not None]:
             self._settle(hands, held, lost=lost)
+
+    # Most of what a forwarder does is whole turns; the parts above take them to pieces.
+
+    @rule(
+        who=st.sampled_from("ab"),
+        kind=st.sampled_from(USUAL),
+        ends=st.sampled_from(("settled", "settled", "sent", "marked", "claimed")),
+        dies=st.booleans(),
+    )
+    def turn(self, who: str, kind: str, ends: str, dies: bool) -> None:
+        """Do all that can be done at once, or die at some point of it."""
+        hands = self._hands[who]
+        self.claim(who, 6, look_out=False, lost=False)
+        if ends != "claimed":
+            self.mark(who, lost=False)
+        if ends in ("sent", "settled"):
+            for held in list(hands.held.values()):
+                paying = held.claimed.delivery == "at_most_once"
+                if held.result is None and (held.marked or not paying):
+                    self._send(hands, held, kind, 1_000)
+        if ends == "settled":
+            self.settle(who, lost=False)
+        elif dies:
+            self.kill(who)
+
+    @rule(
+        who=st.sampled_from("ab"),
+        kind=st.sampled_from(USUAL),
+        n=st.integers(1, 3),
+        ms=st.sampled_from((4_999, 5_100)),
+    )
+    def turns(self, who: str, kind: str, n: int, ms: int) -> None:
+        """Some turns in a row, as fast as the windows let them."""
+        for _ in range(n):
+            self.turn(who, kind, "settled", dies=False)
+            self._clock.now_ms += ms
+
+    @rule(who=st.sampled_from("ab"), looks=st.integers(1, 10))
+    def live_on(self, who: str, looks: int) -> None:
+        """One gives heartbeats and looks out, and finds the other one dead."""
+        for _ in range(looks):
+            self._clock.now_ms += 6_000
+            self.claim(who, 0, look_out=True, lost=False)
+
+    @rule(who=st.sampled_from("ab"), marks=st.booleans(), kind=st.sampled_from(USUAL))
+    def sleeper(self, who: str, marks: bool, kind: str) -> None:
+        """One falls asleep in the middle of a turn, the other one goes on for it."""
+        self.claim(who, 6, look_out=False, lost=False)
+        if marks:
+            self.mark(who, lost=False)
+        other = "b" if who == "a" else "a"
+        self.live_on(other, 5)
+        self.turn(other, "200", "settled", dies=False)
+        self.turn(who, kind, "settled", dies=False)
 
     # --- what goes wrong ------------------------------------------------------------
 
@@ -254,41 +332,52 @@ class Histories(RuleBasedStateMachine):
         """Whoever has something in hand meanwhile sleeps, as a stalled process does."""
         self._clock.now_ms += ms
 
-    @rule(who=st.sampled_from("ab"))
+    @rule(
+        what=st.sampled_from(
+            ("kill", "kill", "restart", "group", "group", "clock", "clock")
+        ),
+        who=st.sampled_from("ab"),
+        lane=st.sampled_from(("high", "normal", "low", "retry")),
+        ms=st.sampled_from(STEPS_MS),
+    )
+    def mishap(self, what: str, who: str, lane: str, ms: int) -> None:
+        if what == "kill":
+            self.kill(who)
+        elif what == "restart":
+            self._restart()
+        elif what == "group":
+            self._lose_a_group(lane)
+        else:
+            self._clock.off_ms += ms
+            if ms > 0:
+                self._eras.append([])
+
     def kill(self, who: str) -> None:
         self._hands[who] = self._hire(who)
 
-    @rule()
-    def restart_everything(self) -> None:
+    def _restart(self) -> None:
         for who in "ab":
             self.kill(who)
         self._close()
         self._do(self._client.script_flush())
         self._queues = self._open()
 
-    @rule(lane=st.sampled_from(("high", "normal", "low", "retry")))
-    def lose_a_group(self, lane: str) -> None:
+    def _lose_a_group(self, lane: str) -> None:
         """As a failover does, that had the stream and not yet its group."""
         key = f"{self._queues['a'].prefix}:q:{lane}"
         if self._do(self._client.exists(key)):
             self._do(self._client.xgroup_destroy(key, "relay"))
 
-    @rule(ms=st.sampled_from(STEPS_MS))
-    def clock_steps(self, ms: int) -> None:
-        self._clock.off_ms += ms
-        if ms > 0:
-            self._eras.append([])
-
-    @rule()
-    def hold(self) -> None:
-        self._do(self._queues["a"].hold("a test"))
-        self._by_hand = True
-
-    @precondition(lambda self: self._by_hand)
-    @rule()
-    def resume(self) -> None:
-        self._do(self._queues["a"].resume())
-        self._by_hand = False
+    @rule(who=st.sampled_from("ab"))
+    def hold_by_hand(self, who: str) -> None:
+        queue = self._queues["a"]
+        self._do(queue.hold("a test"))
+        self._clock.now_ms += 5_100
+        hands = self._hands[who]
+        held = list(hands.held)
+        tick = self._do(queue.tick(hands.name, 6, look_out=True, held=held))
+        assert tick.claimed == [], "given out under a hold by hand"
+        self._do(queue.resume())
 
     # --- what must hold -------------------------------------------------------------
 
@@ -398,25 +487,13 @@ class Histories(RuleBasedStateMachine):
 
     def _in_flight(self) -> list[str]:
         """Ids of what is pending, as Redis' streams have it."""
-        names = []
-        for lane in ("high", "normal", "low", "retry"):
-            key = f"{self._queues['a'].prefix}:q:{lane}"
-            if not self._do(self._client.exists(key)):
-                continue
-            if not self._do(self._client.xinfo_groups(key)):
-                continue
-            pending = self._do(self._client.xpending_range(key, "relay", "-", "+", 100))
-            for one in cast("list[dict[str, bytes]]", pending):
-                entry = one["message_id"]
-                found = self._do(self._client.xrange(key, entry, entry))
-                packed = cast("list[tuple[bytes, dict[bytes, bytes]]]", found)
-                names += [_id(fields[b"e"]) for _, fields in packed]
-        return names
+        prefix = self._queues["a"].prefix
+        keys = [f"{prefix}:q:{lane}" for lane in ("high", "normal", "low", "retry")]
+        names = self._do(self._client.eval(_PENDING, len(keys), *keys))
+        return [name.decode() for name in cast("list[bytes]", names)]
 
     def _drain(self) -> None:
         """Let all be well again, and time go on."""
-        if self._by_hand:
-            self.resume()
         for who in "ab":
             self.kill(who)
         hands = self._hands["a"]
@@ -434,14 +511,13 @@ class Histories(RuleBasedStateMachine):
                 self._clock.now_ms += 60_000
 
 
-def _id(packed: bytes) -> str:
-    """The id in a packed event: its first element."""
-    return cast("list[str]", msgspec.msgpack.decode(packed))[0]
-
-
 def check(url: str, *, examples: int, steps: int, repeatable: bool) -> None:
-    """Try that many histories. Raises with the shortest one that breaks a promise."""
+    """Try that many histories. Raises with one that breaks a promise.
+
+    Repeatable ones are for tests, which have no minutes to look for the shortest one.
+    """
     made = type("Histories", (Histories,), {"url": url})
+    quick = [Phase.explicit, Phase.generate]
     run_state_machine_as_test(
         made,
         settings=settings(
@@ -449,5 +525,6 @@ def check(url: str, *, examples: int, steps: int, repeatable: bool) -> None:
             stateful_step_count=steps,
             deadline=None,
             derandomize=repeatable,
+            phases=quick if repeatable else [*quick, Phase.shrink],
         ),
     )

@@ -47,7 +47,11 @@ class Link:
         return await self._heard(_known(tick))
 
     async def mark(self, consumer: str, claimed: Sequence[Claimed]) -> list[bool]:
-        return await self._heard(self.queue.mark(consumer, claimed))
+        marked = await self.queue.mark(consumer, claimed)
+        for one, ours in zip(claimed, marked, strict=True):
+            if ours:
+                self.referee.marked(one)
+        return await self._heard(_known(marked))
 
     async def settle(self, consumer: str, results: Sequence[Result]) -> int:
         return await self._heard(self.queue.settle(consumer, results))
@@ -59,5 +63,5 @@ class Link:
         return answer
 
 
-async def _known(tick: Tick) -> Tick:
-    return tick
+async def _known(said: T) -> T:
+    return said

@@ -1,6 +1,7 @@
 """Play one scenario from its first event to its last outcome."""
 
 import random
+from bisect import bisect_right
 from collections.abc import Callable
 from typing import cast
 
@@ -277,7 +278,7 @@ class _Stage:
     def _sample(self, gauges: dict[str, str]) -> Sample:
         calls = self._referee.calls[EGRESS]
         from_ms = self._timeline.now_ms - self._scenario.sample_ms
-        recent = sum(1 for at in reversed(calls) if at > from_ms) if calls else 0
+        recent = len(calls) - bisect_right(calls, from_ms)
         return Sample(
             at_ms=self._since_ms,
             waiting=sum(int(gauges[g]) for g in ("queued", "in_flight", "delayed")),

@@ -45,6 +45,7 @@ class Tracked:
     ttl_ms: int
     value: int
     claimed: bool = False
+    marked: bool = False  # about to be sent, as far as Redis knows
     tries: list[int] = field(default_factory=list)  # when calls left for Voucherify
     processed: list[int] = field(default_factory=list)
 
@@ -71,7 +72,8 @@ class Referee:
         self.strangers = 0  # events that nobody sent
         self._under_way: dict[str, set[str]] = defaultdict(set)
         self._newest: dict[tuple[str, str], int] = {}
-        self._blamed: set[str] = set()  # rejected by an answer
+        self._refused: set[str] = set()  # by an answer of Voucherify
+        self._rejected: set[str] = set()  # likewise, and for good
         self._probes: set[str] = set()  # sent to try whether a hold is over
 
     # --- what happens ---------------------------------------------------------------
@@ -109,6 +111,11 @@ class Referee:
         self.overtaken += event.number < self._newest.get(key, -1)
         self._newest[key] = max(event.number, self._newest.get(key, -1))
 
+    def marked(self, claimed: Claimed) -> None:
+        event = self._known(claimed)
+        if event is not None:
+            event.marked = True
+
     def departed(self, claimed: Claimed, now_ms: int) -> None:
         event = self._known(claimed)
         if event is None:
@@ -134,8 +141,14 @@ class Referee:
             self._under_way[event.customer].discard(event.id)
 
     def judged(self, claimed: Claimed, result: Result) -> None:
+        # A firewall's 403 may end as `rejected`, too: when only this event meets it.
+        if result.verdict == "rejected" or result.signal in (
+            "auth_hold",
+            "config_hold",
+        ):
+            self._refused.add(claimed.id)
         if result.verdict == "rejected":
-            self._blamed.add(claimed.id)
+            self._rejected.add(claimed.id)
 
     def _known(self, claimed: Claimed) -> Tracked | None:
         event = self.events.get(claimed.id)
@@ -207,7 +220,7 @@ class Referee:
         events = [
             e
             for e in self.events.values()
-            if lane in ("", e.lane) and e.id not in self._blamed
+            if lane in ("", e.lane) and e.id not in self._rejected
         ]
         whole = sum(e.value for e in events)
         good = sum(
@@ -250,10 +263,10 @@ class Referee:
             return False
         paying = event.delivery == "at_most_once"
         match outcome:
-            case Outcome.AMBIGUOUS:  # it may have left, and must not be sent again
-                return paying and bool(event.tries)
+            case Outcome.AMBIGUOUS:  # it may have left
+                return paying and event.marked
             case Outcome.REJECTED:
-                return name in self._blamed
+                return name in self._refused
             case Outcome.EXPIRED:  # what pays and arrived is never called too old
                 return not (paying and event.processed)
         return False

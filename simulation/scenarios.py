@@ -139,8 +139,8 @@ EXPECTED_LATER: dict[tuple[str, str], str] = {
     ("sale", "eta"): "the forecast does not know what will expire without a call",
     ("night", "probes"): "the probe of a hold takes the first event of the highest "
     "lane, which is one that pays",
-    ("checkout", "checkout_unharmed"): "RELAY_UPSTREAM_RESERVE: what others spend "
-    "is not read from the headers yet",
+    ("checkout", "checkout_unharmed"): "no share of the plan is kept for it, and what "
+    "others spend is not read from the headers yet",
     ("month", "high_lane"): "the forecast for the cycle: low lanes do not slow down "
     "when the month will run out",
 }

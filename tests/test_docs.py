@@ -40,8 +40,14 @@ from relay.outcomes import CURES, LETTER_CURES, Hold, Outcome, letter_cure
 from relay.queue import Queue, Scripts
 from relay.settings import CREDENTIALS, KNOWN, Role, Settings, required, variable
 from relay.verdicts import Verdict, read_answer
+from simulation.__main__ import HISTORIES, STEPS
+from simulation.forwarders import MAX_DEPARTURE_MS
+from simulation.report import COLUMNS
+from simulation.scenarios import EXPECTED_LATER, SCENARIOS
 from tests.queues import event, result
 from tests.test_architecture import LAYERS
+from tests.test_queue_histories import EXAMPLES
+from tests.test_queue_histories import STEPS as TEST_STEPS
 
 ROOT = Path(__file__).parents[1]
 PRUNED = {
@@ -672,6 +678,43 @@ def test_every_route_of_the_ops_listener_is_told() -> None:
     assert set(example["checks"]) == {*texts(made.body[-1]), "catalog"}
 
 
+# --- docs/delivery.md -----------------------------------------------------------------
+
+
+def simulated() -> list[list[str]]:
+    """The rows of the table that `make simulate` has written."""
+    found = section(DELIVERY, "What it found")
+    return [row for row in tables(found) if len(row) == len(COLUMNS)]
+
+
+def test_every_scenario_is_told_and_was_played() -> None:
+    told = tables(section(DELIVERY, "The scenarios"))
+    assert [coded(row[0])[0] for row in told] == list(SCENARIOS)
+    assert [coded(row[0])[0] for row in simulated()] == list(SCENARIOS)
+    for (_, says), scenario in zip(told, SCENARIOS.values(), strict=True):
+        assert set(coded(says)) == {fleet.budget for fleet in scenario.fleets}
+
+
+def test_what_was_simulated_keeps_what_is_promised() -> None:
+    for row in simulated():
+        cell = dict(zip(COLUMNS, row, strict=True))
+        for window in cell["most calls in any window"].split("; "):
+            found, most = map(_number, window.partition(" in ")[0].split(" of "))
+            assert found <= most
+        assert cell["sent twice: at least once, at most once"].endswith(", 0")
+        assert cell["unaccounted"] == "0"
+
+
+def _number(text: str) -> int:
+    return int(text.replace(",", ""))
+
+
+def test_what_is_not_kept_yet_is_told() -> None:
+    found = section(DELIVERY, "What it found")
+    told = re.findall(r"^\* `(\w+)`: .+ \((.+)\)\.$", found, re.MULTILINE)
+    assert told == [(name, why) for (name, _), why in EXPECTED_LATER.items()]
+
+
 # --- numbers --------------------------------------------------------------------------
 
 
@@ -688,7 +731,7 @@ def constants(script: str) -> dict[str, int]:
 
 
 PROTOCOL, ARCHITECTURE = "docs/protocol.md", "docs/architecture.md"
-OPERATIONS = "docs/operations.md"
+OPERATIONS, DELIVERY = "docs/operations.md", "docs/delivery.md"
 SETTLE, TICK, LIB = constants("settle"), constants("tick"), constants("lib")
 REPLAY = constants("replay")
 HOLD = f"{SETTLE['HOLD_FIRST_MS'] // 1000} s", SETTLE["HOLD_MAX_MS"] // 1000
@@ -743,6 +786,10 @@ WORDS = {3: "three", 5: "Five"}
         (OPERATIONS, f"keeps minutes for {LIB['MINUTES_KEPT_MS'] // 3_600_000} h"),
         (OPERATIONS, f"hours for {LIB['HOURS_KEPT_MS'] // 86_400_000} days"),
         (OPERATIONS, f"Written every {assembly.REAP_EVERY_S:g} s"),
+        (DELIVERY, f"more than {TICK['SLACK_MS']} ms longer to leave"),
+        (DELIVERY, f"none takes more than {MAX_DEPARTURE_MS} ms"),
+        (DELIVERY, f"try {EXAMPLES} histories of {TEST_STEPS} steps"),
+        (DELIVERY, f"tries {HISTORIES} new ones of {STEPS} steps"),
     ],
 )
 def test_a_number_is_that_of_the_code(name: str, said: str) -> None:

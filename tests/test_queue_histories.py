@@ -2,6 +2,8 @@
 
 from simulation.histories import check
 
+EXAMPLES, STEPS = 60, 50
+
 
 def test_every_history_keeps_the_promises(valkey_url: str) -> None:
-    check(valkey_url, examples=60, steps=40, repeatable=True)
+    check(valkey_url, examples=EXAMPLES, steps=STEPS, repeatable=True)

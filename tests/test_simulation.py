@@ -91,6 +91,7 @@ def refereed(*names: str, delivery: str = PAYING, customer: str = "") -> Referee
 
 def called(referee: Referee, name: str, *moments: int, taken: bool = True) -> None:
     answer = Answer(verdict=Verdict.DELIVERED, reason="delivered", status=200)
+    referee.marked(claim(name))
     for at_ms in moments:
         referee.departed(claim(name), at_ms)
         heard = Heard(answer=answer, after_ms=1, processed=taken)
