@@ -50,6 +50,7 @@ def make_queue(settings: Settings, redis_url: str) -> Queue:
         limits=settings.limits,
         budget=settings.upstream_budget,
         egress=settings.egress,
+        reserve=settings.upstream_reserve,
         queue_max=settings.queue_max,
         # An id must be known for as long as its event can still be delivered.
         dedupe_ms=max(settings.dedupe_window, settings.ttl) * 1000,

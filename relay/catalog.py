@@ -65,7 +65,7 @@ class Rule:
     name: str | None  # None: the rule for names that are not listed
     priority: str = "normal"
     ttl_s: int | None = None  # None: RELAY_TTL
-    coalesce_ms: int = 0  # one per customer in this window; 0: all of them
+    coalesce_ms: int = 0  # one call per customer in this window; 0: one for each
     token: str | None = None  # None: RELAY_TOKENS decides
     # None: at_most_once when loyalty or referral is present, else at_least_once
     delivery: str | None = None
@@ -382,6 +382,12 @@ def _check_together(rule: Rule, table: _Table) -> None:
             "nobody without a token could say whose event it is: "
             'add source_id, or token = "required"',
             "customer",
+        )
+    if rule.ttl_s is not None and rule.coalesce_ms >= rule.ttl_s * 1000:
+        table.fault(
+            "what waits for the end of this time would expire before: "
+            "make it shorter than ttl",
+            "coalesce",
         )
     paying = [key for key in ("loyalty", "referral") if getattr(rule, key)]
     if not paying:

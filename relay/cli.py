@@ -599,6 +599,7 @@ def _show(shown: dict[str, object]) -> None:
     while isinstance(held, dict):
         _show_hold(console, held)
         held = held.get("automatic")
+    _show_plan(console, shown)
     last = shown["replay"]
     if isinstance(last, dict) and last["state"] != "done":
         how = "running" if last["alive"] else "unfinished"
@@ -628,10 +629,34 @@ def _show_hold(console: "Console", held: dict[str, object]) -> None:
     reason = escape(str(held["reason"] or "no reason given"))
     probes = held["hold"] != "by_hand"
     again = f"; next try {held['next_probe'] or 'at once'}" if probes else ""
+    if held["ends"]:
+        again += f", over at {held['ends']}"
     console.print(
         f"[bold red]Delivery is held: {held['hold']}[/] ({reason}) since "
         f"{held['since']}{again}. {CURES.get(str(held['hold']), '')}"
     )
+
+
+def _show_plan(console: "Console", shown: dict[str, object]) -> None:
+    plan, forecast = shown["plan"], shown["forecast"]
+    assert isinstance(plan, list)  # noqa: S101  # as counters.stats makes it
+    for window in plan:
+        console.print(
+            f"Voucherify allows {window['limit']} calls in {window['window_s']} s; "
+            f"others were seen to make {window['others']} ({window['heard']})."
+        )
+    if isinstance(forecast, dict):
+        slowed = [
+            f"{lane} to one in {every:g} s"
+            for lane in ("normal", "low")
+            if (every := forecast[f"{lane}_every_s"])
+        ]
+        console.print(
+            "[bold red]At this rate the cycle's calls end on "
+            f"{forecast['calls_end']}[/] and come back from "
+            f"{forecast['calls_come_back']} on. Slowed down: "
+            f"{', '.join(slowed)}. relay check says what to do."
+        )
 
 
 def _browsers(day: str, families: dict[str, dict[str, int]]) -> "Table":

@@ -18,6 +18,9 @@ GAUGES = (
     "unaccounted",
     "oldest_age_ms",
     "eta_s",
+    "eta_s_high",
+    "eta_s_normal",
+    "eta_s_low",
     "budget_per_s",
     "hold",
     "updated_at_ms",
@@ -27,9 +30,10 @@ GAUGES = (
 async def stats(queue: Queue, *, minutes: int = 5, days: int = 2) -> dict[str, object]:
     """Totals since ever, the gauges, the hold if there is one, and the last minutes.
 
-    `{"totals": {…}, "gauges": {…}, "hold": {…} | null, "replay": {…} | null,
-    "minutes": {"<stamp>": {…}}, "browser": {"<day>": {"<family>": {…}}}}`, counts as
-    numbers, times in the unit of the field's name; `replay` is the last one.
+    `{"totals": {…}, "gauges": {…}, "hold": {…} | null, "plan": [{…}],
+    "forecast": {…} | null, "replay": {…} | null, "minutes": {"<stamp>": {…}},
+    "browser": {"<day>": {"<family>": {…}}}}`, counts as numbers, times in the unit of
+    the field's name; `replay` is the last one.
     """
     totals = await queue.hash("totals")
     gauges = await queue.hash("gauges")
@@ -44,6 +48,8 @@ async def stats(queue: Queue, *, minutes: int = 5, days: int = 2) -> dict[str, o
         },
         "gauges": {name: _number(gauges.get(name, "")) for name in GAUGES},
         "hold": _hold(flow),
+        "plan": _plan(await queue.hash(f"plan:{queue.egress}")),
+        "forecast": _forecast(await queue.hash("pace")),
         "replay": told_progress(progress) if progress else None,
         "minutes": {
             stamp: {
@@ -76,9 +82,40 @@ def _hold(flow: dict[str, str]) -> dict[str, object] | None:
             "reason": flow[Hold.BY_HAND],
             "since": _time(flow.get("by_hand_since_ms")),
             "next_probe": None,
+            "ends": None,
             "automatic": _automatic(flow),
         }
     return _automatic(flow)
+
+
+def _plan(fields: dict[str, str]) -> list[dict[str, object]]:
+    """What Voucherify's headers said, a window each, the shortest first.
+
+    `others` fades; the scripts let it, and count it as it is at that moment.
+    """
+    periods = sorted(int(f[6:]) for f in fields if f.startswith("limit:"))
+    return [
+        {
+            "window_s": ms // 1000,
+            "limit": int(fields[f"limit:{ms}"]),
+            "others": round(float(fields[f"others:{ms}"])),
+            "heard": _time(fields[f"heard:{ms}"]),
+        }
+        for ms in periods
+    ]
+
+
+def _forecast(pace: dict[str, str]) -> dict[str, object] | None:
+    """When a cycle's calls end as things go; None while they last."""
+    if not int(pace.get("ends_ms") or 0):
+        return None
+    return {
+        "calls_end": _time(pace["ends_ms"]),
+        "calls_come_back": _time(pace["back_ms"]),
+        "window_s": int(pace["window_ms"]) // 1000,
+        "normal_every_s": int(pace["normal_ms"]) / 1000,
+        "low_every_s": int(pace["low_ms"]) / 1000,
+    }
 
 
 def _automatic(flow: dict[str, str]) -> dict[str, object] | None:
@@ -89,6 +126,7 @@ def _automatic(flow: dict[str, str]) -> dict[str, object] | None:
         "reason": flow.get("hold_reason", ""),
         "since": _time(flow.get("since_ms")),
         "next_probe": _time(flow.get("probe_at_ms")),
+        "ends": _time(flow.get("ends_ms")),
     }
 
 

@@ -275,11 +275,11 @@ class Track:
         told = list(fates)
         try:
             for place, event in enumerate(admitted.events):
-                if fates[place] is _QUEUED:
+                if fates[place] in (_QUEUED, _COALESCED):
                     # Of those behind a slow one too: what is known by now is told.
                     left = max(until - loop.time(), LAST_LOOK_S)
                     outcome = await self._outcomes.outcome(event, left)
-                    told[place] = Fate(status="queued", outcome=outcome)
+                    told[place] = Fate(status=fates[place].status, outcome=outcome)
         except (QueueUnavailable, asyncio.CancelledError) as error:
             # Redis went away, or the server stops and cancels what is left. The
             # events are in the queue all the same, and their sender must hear it.

@@ -191,7 +191,9 @@ def _queue(queued: Queueable, limits: Sequence[Limit]) -> dict[str, object]:
     if special is not None:
         _, coalesce_ms, quota, period_ms, dry_run, _, uses, _, _ = special
         if coalesce_ms:
-            told["coalesce"] = f"one in {span(coalesce_ms // 1000)} of this customer"
+            told["coalesce"] = (
+                f"one in {span(coalesce_ms // 1000)} of this customer: the last one"
+            )
         if quota:
             dry = " (dry run)" if dry_run else ""
             told["event_limit"] = (

@@ -40,6 +40,7 @@ Code = Literal[
     "unaccounted",
     "dead_letters",
     "backlog_expires",
+    "cycle_runs_out",
     "untrusted_proxy",
     "budget_below_traffic",
 ]

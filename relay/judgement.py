@@ -35,6 +35,9 @@ def judged(
         signal=_signal(answer),
         pause_ms=_pause_ms(answer),
         probe=probe,
+        limit=-1 if answer.limit is None else answer.limit,
+        remaining=-1 if answer.remaining is None else answer.remaining,
+        limit_type=answer.limit_type or "",
     )
 
 

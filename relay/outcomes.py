@@ -19,7 +19,7 @@ class Outcome(StrEnum):
     FORBIDDEN = "forbidden"  # Edge: origin or catalogue says no.
     RATE_LIMITED = "rate_limited"  # Edge: over quota, never queued.
     DUPLICATE = "duplicate"  # Edge: an event with this id was accepted before.
-    COALESCED = "coalesced"  # Edge: one of the same customer was taken shortly before.
+    COALESCED = "coalesced"  # A later one of the same customer took its place.
     DROPPED = "dropped"  # An operator decided so.
     INTERNAL = "internal"  # Our bug: any count above zero is an alert.
 

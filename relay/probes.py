@@ -355,6 +355,19 @@ def _judge_stats(settings: Settings, shown: Mapping[str, object]) -> Iterator[Fi
             f"after {span(settings.ttl)} (RELAY_TTL).",
             cure="Raise RELAY_UPSTREAM_BUDGET if Voucherify allows it, or send less.",
         )
+    forecast = shown["forecast"]
+    if isinstance(forecast, dict):
+        yield Finding(
+            level="fault",
+            code="cycle_runs_out",
+            about="RELAY_UPSTREAM_BUDGET",
+            detail=f"At this rate the calls of {span(forecast['window_s'])} end on "
+            f"{forecast['calls_end']}, and come back from "
+            f"{forecast['calls_come_back']} on. Low lanes are slowed down first.",
+            cure="Let Voucherify raise the plan's calls (Organization Settings, "
+            "Subscription), send less (coalesce in the catalogue), or see that what "
+            'matters has priority = "high".',
+        )
 
 
 async def _day(queue: Queue) -> dict[str, int]:

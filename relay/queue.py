@@ -32,7 +32,9 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from relay import forecast
 from relay.errors import QueueUnavailable, RelayError
+from relay.forecast import LANES, Facts
 from relay.limits import Limit, Window
 
 STALE_MS = 20_000  # no heartbeat for so long: dead; with the look-out below < 30 s
@@ -133,6 +135,9 @@ class Result(msgspec.Struct, array_like=True, kw_only=True):
     signal: str = "none"
     pause_ms: int = 0
     probe: bool = False
+    limit: int = -1  # what the answer's headers told of the plan; -1: nothing
+    remaining: int = -1
+    limit_type: str = ""
 
 
 # What the commit script counts beside the limits, for events that ask for it: digest
@@ -152,6 +157,7 @@ EVENT_LIMITED, USED_UP, COALESCED = -3, -2, -1
 QUEUED, DUPLICATE, NO_ROOM, LIMITED = 0, 1, 2, 3  # LIMITED + index of the limit
 
 _decode_tick = msgspec.msgpack.Decoder(Tick).decode
+_decode_facts = msgspec.msgpack.Decoder(Facts, strict=False).decode
 _decode_step = msgspec.msgpack.Decoder(Step).decode
 _decode_counts = msgspec.msgpack.Decoder(tuple[str, list[Counted]]).decode
 _decode_list = msgspec.msgpack.Decoder(
@@ -187,10 +193,11 @@ class Scripts:
 
     def __init__(self, *, clock: str = SERVER_CLOCK) -> None:
         self.commit = Script("commit", clock=clock)
-        self.tick = Script("tick", clock=clock)
+        self.tick = Script("tick", clock=clock, parts=["budget"])
         self.mark = Script("mark", clock=clock)
-        self.settle = Script("settle", clock=clock)
-        self.reap = Script("reap", clock=clock)
+        self.settle = Script("settle", clock=clock, parts=["budget"])
+        self.reap = Script("reap", clock=clock, parts=["budget"])
+        self.forecast = Script("forecast", clock=clock)
         self.token = Script("token", clock=clock)
         self.forget = Script("forget", clock=clock)
         self.hold = Script("hold", clock=clock)
@@ -224,6 +231,7 @@ class Queue:
         limits: Sequence[Limit] = (),
         budget: Sequence[Window] = (),
         egress: str = "all",
+        reserve: float = 0.0,
         queue_max: int = 1_000_000,
         dedupe_ms: int = 86_400_000,
         timeout: float = 1.0,
@@ -253,10 +261,11 @@ class Queue:
                 ],
             ]
         )
-        self._tick_settings = _pack(
+        self._delivery_settings = _pack(
             [
                 egress,
                 [[w.quota, w.period_ms] for w in budget],
+                reserve,
                 stale_ms,
                 DEATHS_MAX,
             ]
@@ -308,7 +317,7 @@ class Queue:
                 self.prefix,
                 consumer,
                 wanted,
-                self._tick_settings,
+                self._delivery_settings,
                 "1" if look_out else "0",
                 _pack(list(held)),
             )
@@ -325,22 +334,39 @@ class Queue:
         """Give each its outcome or its next try; returns how many were still ours."""
         async with self._asking():
             said = await self._scripts.settle(
-                self._ops, self.prefix, consumer, self.egress, _pack(list(results))
+                self._ops,
+                self.prefix,
+                consumer,
+                self._delivery_settings,
+                _pack(list(results)),
             )
         return cast("int", said)
 
     async def reap(self) -> dict[str, str]:
-        """Keep house; returns the gauges, at most a second old."""
+        """Keep house, and look ahead; returns the gauges, at most a second old."""
         async with self._asking():
             said = await self._scripts.reap(
-                self._ops,
-                self.prefix,
-                f"{self.rate:.6g}",
-                IDLE_CONSUMER_MS,
-                self.egress,
+                self._ops, self.prefix, self._delivery_settings, IDLE_CONSUMER_MS
             )
-        flat = [part.decode() for part in cast("list[bytes]", said)]
-        return dict(zip(flat[::2], flat[1::2], strict=True))
+        flat, packed = cast("tuple[list[bytes], bytes]", said)
+        gauges = _named([part.decode() for part in flat])
+        return gauges | await self._look_ahead(packed) if packed else gauges
+
+    async def _look_ahead(self, packed: bytes) -> dict[str, str]:
+        """Forecast from one look at the queue, and say it where all can read it."""
+        facts = _decode_facts(packed)
+        held = forecast.pace(facts)
+        etas = forecast.etas_s(facts, held) or [facts.wait_ms // 1000] * len(LANES)
+        gauges = {"eta_s": max(etas)}
+        gauges |= {f"eta_s_{n}": eta for n, eta in zip(LANES, etas, strict=True)}
+        paces = {**msgspec.structs.asdict(held), "at_ms": facts.now_ms}
+        said = [
+            _pack([part for pair in fields.items() for part in pair])
+            for fields in (gauges, paces)
+        ]
+        async with self._asking():
+            await self._scripts.forecast(self._ops, self.prefix, *said)
+        return {name: str(value) for name, value in gauges.items()}
 
     async def hold(self, reason: str) -> tuple[int, str, str]:
         """Hold delivery by hand, for every process, until `resume`.
@@ -369,7 +395,7 @@ class Queue:
         """
         lanes = dict(
             zip(
-                (f"{self.prefix}:q:{lane}" for lane in ("high", "normal", "low")),
+                (f"{self.prefix}:q:{lane}" for lane in LANES),
                 last,
                 strict=True,
             )

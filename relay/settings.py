@@ -50,6 +50,7 @@ from relay.values import (
     QueueMax,
     RedisUrl,
     Scope,
+    Share,
     SigningKeys,
     Socket,
     Switch,
@@ -76,7 +77,7 @@ SECRETS = (
 )
 
 # Part of the design, but not of this version.
-LATER = re.compile(r"RELAY_(?:UPSTREAM_RESERVE|DURABILITY)")
+LATER = re.compile(r"RELAY_DURABILITY")
 
 # What a secret or a page of settings can be at most; a device file has no end.
 MAX_FILE_BYTES = 256 * 1024
@@ -319,6 +320,11 @@ class Settings(BaseSettings):
         DEFAULT_BUDGETS["client"],
         "4/5s, 90/1m, 95000/30d",
         "Calls to Voucherify in each window, all of them kept; `off` for no limit.",
+    )
+    upstream_reserve: Share = _setting(
+        "0.2",
+        "0.4",
+        "Share of the plan's calls that is left to others, as the shop's checkout.",
     )
     egress: Name = _setting(
         "all", "nat-1", "Name of the outgoing address; who shares it shares the budget."

@@ -106,7 +106,9 @@ def _summary(rule: Rule) -> str:
         window = span(rule.limit.period_ms // 1000)
         said.append(f"At most {rule.limit.quota} a customer in {window}.")
     if rule.coalesce_ms:
-        said.append(f"One a customer in {span(rule.coalesce_ms // 1000)}.")
+        said.append(
+            f"One a customer in {span(rule.coalesce_ms // 1000)}: the last one."
+        )
     if rule.ttl_s:
         said.append(f"Expires after {span(rule.ttl_s)}.")
     return " ".join(said)

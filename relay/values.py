@@ -60,6 +60,12 @@ def _port(text: str) -> int:
     return _whole(0, 65535)(text)
 
 
+def _share(value: object) -> float:
+    if not re.fullmatch(r"0(\.\d{1,3})?", str(value).strip()):
+        raise ValueError("must be a share from 0 to 0.999, for example 0.2")
+    return float(str(value))
+
+
 def _seconds(most: str) -> Callable[[str], int]:
     def parse(text: str) -> int:
         seconds = parse_duration(text)
@@ -276,6 +282,7 @@ HeaderValue = Annotated[str, PlainValidator(_header_value)]
 AppId = Annotated[str, PlainValidator(_app_id)]
 OptionalSecret = Annotated[SecretStr | None, BeforeValidator(_optional_secret)]
 UpstreamOrigin = Annotated[str, PlainValidator(_upstream_origin)]
+Share = Annotated[float, PlainValidator(_share)]
 Budget = Annotated[tuple[Window, ...], PlainValidator(parse_budget), _AS_DICTS]
 LogFormat = Annotated[
     Literal["auto", "json", "console"],

@@ -17,7 +17,7 @@ from relay.embedded import EmbeddedServer
 from simulation.histories import check
 from simulation.picture import picture
 from simulation.play import Played, play
-from simulation.report import markdown, put_in, show, surprises
+from simulation.report import markdown, put_in, shortcomings, show
 from simulation.scenarios import SCENARIOS, Scenario, shorter
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -43,10 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         show(runs, console)
     if whole:
         _write(runs)
-    unexpected = [] if asked.short else list(surprises(runs))
-    for line in unexpected:
-        console.print(f"[bold red]{line}[/bold red]")
-    return 1 if unexpected else 0
+    # In small there is too little of everything for some of the figures.
+    return 0 if asked.short else bool([*shortcomings(runs)])
 
 
 def _play(

@@ -70,6 +70,8 @@ class Referee:
         self.crossed = 0  # calls of a customer beside another one of the same
         self.overtaken = 0  # first claims before an older one of customer and lane
         self.strangers = 0  # events that nobody sent
+        self.late_swaps = 0  # events whose place was taken when they were claimed
+        self._accepted = 0
         self._under_way: dict[str, set[str]] = defaultdict(set)
         self._newest: dict[tuple[str, str], int] = {}
         self._refused: set[str] = set()  # by an answer of Voucherify
@@ -88,10 +90,18 @@ class Referee:
         delivery: str,
         ttl_ms: int,
         value: int,
+        replaces: str | None = None,
     ) -> None:
+        number = self._accepted = self._accepted + 1
+        if replaces is not None:
+            # It has the other's place, and the other has its outcome.
+            older = self.events.pop(replaces)
+            number = older.number
+            self.refused["coalesced"] += 1
+            self.late_swaps += older.claimed
         self.events[event_id] = Tracked(
             id=event_id,
-            number=len(self.events),
+            number=number,
             at_ms=at_ms,
             customer=customer,
             lane=lane,
@@ -180,9 +190,21 @@ class Referee:
             _none("lost", lost, "counted as delivered, and never processed"),
             _none("true_outcome", untrue, "outcomes that Voucherify belies"),
             _none("strangers", self.strangers, "events that nobody sent"),
+            _none("late_swaps", self.late_swaps, "coalesced after they were claimed"),
             _none("one_at_a_time", self.crossed, "of a customer at the same time"),
             _none("in_order", self.overtaken, "claimed before an older one"),
         ]
+
+    def gone_ms(self, ids: Sequence[str]) -> int:
+        """When 99 in 100 of these events were sent for the last time, or had expired.
+
+        The rest are those that failed, and are tried again much later.
+        """
+        moments = sorted(
+            min(e.tries[-1], e.at_ms + e.ttl_ms) if e.tries else e.at_ms + e.ttl_ms
+            for e in (self.events[name] for name in ids if name in self.events)
+        )
+        return moments[len(moments) * 99 // 100] if moments else 0
 
     def fairness(self, customer: str) -> Finding:
         """The share that one customer has of a lane while others wait in it."""

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from simulation.play import Played
 from simulation.referee import Finding
-from simulation.scenarios import EXPECTED_LATER
+from simulation.scenarios import OWN_CHECKS
 
 BEGIN, END = "<!-- simulation: begin -->", "<!-- simulation: end -->"
 
@@ -29,10 +29,10 @@ COLUMNS = (
 
 
 def markdown(runs: Sequence[Played]) -> str:
-    """The table, and below it what is not kept yet."""
+    """The table, and below it what single scenarios are judged by."""
     rows = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
     rows += [f"| {' | '.join(row(run))} |" for run in runs]
-    return "\n".join([*rows, "", *(f"* {line}" for line in shortcomings(runs))])
+    return "\n".join([*rows, "", *(f"* {line}" for line in _lines(runs))])
 
 
 def shortcomings(runs: Iterable[Played]) -> Iterator[str]:
@@ -40,22 +40,17 @@ def shortcomings(runs: Iterable[Played]) -> Iterator[str]:
     for run in runs:
         for finding in run.findings:
             if not finding.kept:
-                why = EXPECTED_LATER.get((run.name, finding.check), "**a fault**")
-                said = f"{figure(finding.found)}, {figure(finding.most)} would be right"
-                yield f"`{run.name}`: {finding.said}: {said} ({why})."
+                said = f"{figure(finding.found)} of {figure(finding.most)}"
+                yield f"`{run.name}`: {finding.said}: {said}: **a fault**."
 
 
-def surprises(runs: Iterable[Played]) -> Iterator[str]:
-    """What is not as expected: a check that fails, or one that should and does not."""
+def measures(runs: Iterable[Played]) -> Iterator[str]:
+    """What only some scenarios are judged by, one line each."""
     for run in runs:
         for finding in run.findings:
-            later = (run.name, finding.check) in EXPECTED_LATER
-            if finding.kept == later:
-                words = "kept after all, take its line out" if later else "not kept"
-                yield (
-                    f"{run.name}, {finding.check}: {finding.said}: "
-                    f"{figure(finding.found)} of {figure(finding.most)}: {words}"
-                )
+            if finding.check in OWN_CHECKS and finding.kept:
+                said = f"{figure(finding.found)}, at most {figure(finding.most)}"
+                yield f"`{run.name}`: {finding.said}: {said}."
 
 
 def row(run: Played) -> list[str]:
@@ -92,8 +87,15 @@ def show(runs: Sequence[Played], console: Console) -> None:
         console.print(
             f"{run.name}: {run.title}; {lasted(run.lasted_ms)}, seed {run.seed}"
         )
+    for line in measures(runs):
+        console.print(line)
     for line in shortcomings(runs):
-        console.print(f"[yellow]{line}[/yellow]" if "fault" not in line else line)
+        console.print(f"[bold red]{line}[/bold red]")
+
+
+def _lines(runs: Sequence[Played]) -> Iterator[str]:
+    yield from shortcomings(runs)
+    yield from measures(runs)
 
 
 def put_in(document: str, table: str) -> str:

@@ -85,6 +85,7 @@ class Shop:
         self._referee = referee
         self._customers = customers
         self._made = 0
+        self._last: dict[tuple[str, str], str] = {}  # id by customer and name
         self._catalog = parse_catalog(CATALOG, max_ttl_s=MONTH_S)
         self._edge = Edge(
             origins=AllowedOrigins(["https://shop.example"]),
@@ -115,15 +116,17 @@ class Shop:
     def heard(self, request: Request, codes: list[int]) -> None:
         """Tell the referee what became of a request's events at admission."""
         for event, code in zip(request[1], codes[::2], strict=True):
-            if code == QUEUED:
-                self._accepted(event)
-            elif code in (DUPLICATE, COALESCED):
-                kind = "duplicate" if code == DUPLICATE else "coalesced"
-                self._referee.refused[kind] += 1
+            if code in (QUEUED, COALESCED):
+                # The last one that was taken is the one whose place this is.
+                older = self._last.get((event[2], event[3])) if code != QUEUED else None
+                self._accepted(event, older)
+                self._last[event[2], event[3]] = event[0]
+            elif code == DUPLICATE:
+                self._referee.refused["duplicate"] += 1
             else:
                 raise AssertionError(f"admission said {code} to an event")
 
-    def _accepted(self, event: Queueable) -> None:
+    def _accepted(self, event: Queueable, replaces: str | None) -> None:
         event_id, _, customer, name, lane, delivery, ttl_ms, _, _ = event
         rule = self._catalog.rules[name]
         self._referee.accepted(
@@ -134,6 +137,7 @@ class Shop:
             delivery=delivery,
             ttl_ms=ttl_ms,
             value=PAYING_VALUE if rule.loyalty or rule.referral else VALUE,
+            replaces=replaces,
         )
 
     def _request(self, bodies: list[bytes]) -> Request:

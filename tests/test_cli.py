@@ -250,7 +250,10 @@ def test_stats_in_json_is_what_counters_gives(valkey_url: str, tmp_path: Path) -
         by_url = relay(tmp_path, "stats", "--json", redis_url=server.url)
     assert (by_directory.returncode, by_directory.stderr) == (0, "")
     shown = json.loads(by_directory.stdout)
-    assert list(shown) == ["totals", "gauges", "hold", "replay", "minutes", "browser"]
+    assert list(shown) == [
+        *("totals", "gauges", "hold", "plan", "forecast", "replay", "minutes"),
+        "browser",
+    ]
     assert list(shown["totals"]) == ["received", *(str(o) for o in Outcome)]
     assert (shown["totals"]["received"], shown["totals"]["delivered"]) == (7, 3)
     assert list(shown["gauges"]) == list(GAUGES)

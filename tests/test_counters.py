@@ -37,7 +37,10 @@ def numbers(shown: object) -> dict[str, int]:
 
 async def test_before_the_first_event_every_total_is_nought(bench: Bench) -> None:
     shown = await stats(bench.queue)
-    assert list(shown) == ["totals", "gauges", "hold", "replay", "minutes", "browser"]
+    assert list(shown) == [
+        *("totals", "gauges", "hold", "plan", "forecast", "replay", "minutes"),
+        "browser",
+    ]
     assert shown["totals"] == dict.fromkeys(TOTALS, 0)
     assert shown["gauges"] == dict.fromkeys(GAUGES)
     assert shown["hold"] is None
@@ -113,7 +116,7 @@ async def test_a_hold_says_why_since_when_and_when_it_is_tried_again(
     shown = await stats(bench.queue)
     hold = shown["hold"]
     assert isinstance(hold, dict)
-    assert list(hold) == ["hold", "reason", "since", "next_probe"]
+    assert list(hold) == ["hold", "reason", "since", "next_probe", "ends"]
     assert (hold["hold"], hold["reason"]) == ("auth_hold", "http_401")
     since, tried = (datetime.fromisoformat(hold[n]) for n in ("since", "next_probe"))
     assert since.utcoffset() == timedelta(0)

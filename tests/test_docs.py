@@ -34,6 +34,7 @@ from relay import (
 )
 from relay.cli import app
 from relay.dead_letters import MAX_PAGE
+from relay.forecast import LANES
 from relay.limits import DEFAULT_LIMITS, DIMENSIONS, parse_budget, parse_limits
 from relay.ops import ops_app
 from relay.outcomes import CURES, LETTER_CURES, Hold, Outcome, letter_cure
@@ -43,7 +44,7 @@ from relay.verdicts import Verdict, read_answer
 from simulation.__main__ import HISTORIES, STEPS
 from simulation.forwarders import MAX_DEPARTURE_MS
 from simulation.report import COLUMNS
-from simulation.scenarios import EXPECTED_LATER, SCENARIOS
+from simulation.scenarios import OWN_CHECKS, SCENARIOS
 from tests.queues import event, result
 from tests.test_architecture import LAYERS
 from tests.test_queue_histories import EXAMPLES
@@ -262,7 +263,7 @@ def test_the_code_map_is_the_ladder() -> None:
 def test_every_script_is_told() -> None:
     names = first_column(section("docs/architecture.md", "The scripts"))
     assert names == list(vars(Scripts()))
-    assert set(names) | {"lib", "letters"} == set(LUA)
+    assert set(names) | {"lib", "letters", "budget"} == set(LUA)
 
 
 # A key is the prefix and what is put behind it: 'literals', and holes that are names,
@@ -344,7 +345,7 @@ async def test_keys_are_of_the_type_that_is_told(valkey_url: str, prefix: str) -
         told, again, paid, _ = claimed
         await held.mark("a", [paid])
         results = [
-            result(told, "rejected"),
+            result(told, "rejected", limit=9, remaining=8),
             result(again, "retry", delay_ms=60_000, signal="failed", pause_ms=60_000),
         ]
         await held.settle("a", results)
@@ -515,6 +516,7 @@ def operations(heading: str) -> list[str]:
 def test_every_gauge_is_told() -> None:
     assert operations("Gauges") == list(counters.GAUGES)
     written = re.findall(r"'(\w+)'", LUA["reap"].partition("call('HSET', gauges,")[2])
+    written += ["eta_s", *(f"eta_s_{lane}" for lane in LANES)]  # forecast.lua
     assert set(counters.GAUGES) <= set(written)
 
 
@@ -709,10 +711,13 @@ def _number(text: str) -> int:
     return int(text.replace(",", ""))
 
 
-def test_what_is_not_kept_yet_is_told() -> None:
+def test_what_single_scenarios_are_judged_by_is_told_and_kept() -> None:
     found = section(DELIVERY, "What it found")
-    told = re.findall(r"^\* `(\w+)`: .+ \((.+)\)\.$", found, re.MULTILINE)
-    assert told == [(name, why) for (name, _), why in EXPECTED_LATER.items()]
+    told = re.findall(r"^\* `(\w+)`: .+, at most [\d.]+\.$", found, re.MULTILINE)
+    asked = [name for name, s in SCENARIOS.items() for _ in s.checks]
+    assert told == asked
+    assert frozenset().union(*(s.checks for s in SCENARIOS.values())) == OWN_CHECKS
+    assert "fault" not in found
 
 
 # --- numbers --------------------------------------------------------------------------
@@ -732,7 +737,7 @@ def constants(script: str) -> dict[str, int]:
 
 PROTOCOL, ARCHITECTURE = "docs/protocol.md", "docs/architecture.md"
 OPERATIONS, DELIVERY = "docs/operations.md", "docs/delivery.md"
-SETTLE, TICK, LIB = constants("settle"), constants("tick"), constants("lib")
+SETTLE, LIB, BUDGET = constants("settle"), constants("lib"), constants("budget")
 REPLAY = constants("replay")
 HOLD = f"{SETTLE['HOLD_FIRST_MS'] // 1000} s", SETTLE["HOLD_MAX_MS"] // 1000
 BREAKER = f"{SETTLE['BREAKER_FIRST_MS'] // 1000} s", SETTLE["BREAKER_MAX_MS"] // 1000
@@ -764,8 +769,8 @@ WORDS = {3: "three", 5: "Five"}
         (ARCHITECTURE, f"look every {forwarder.LOOK_OUT_S:g} s"),
         (ARCHITECTURE, f"took {queue.DEATHS_MAX} forwarders"),
         (ARCHITECTURE, f"every {assembly.REAP_EVERY_S:g} s in each process"),
-        (ARCHITECTURE, f"kept {TICK['SLACK_MS']} ms longer"),
-        (ARCHITECTURE, f"the window and {TICK['SLACK_MS']} ms"),
+        (ARCHITECTURE, f"kept {BUDGET['SLACK_MS']} ms longer"),
+        (ARCHITECTURE, f"the window and {BUDGET['SLACK_MS']} ms"),
         (ARCHITECTURE, f"after {HOLD[0]} and ever later up to {HOLD[1]} s"),
         (ARCHITECTURE, f"after {BREAKER[0]} and up to {BREAKER[1]} s"),
         (ARCHITECTURE, f"meets a hold again {WORDS[SETTLE['STRIKES']]} times"),
@@ -774,6 +779,8 @@ WORDS = {3: "three", 5: "Five"}
         (OPERATIONS, f"a **canary** of {replay.CANARY}, and waits"),
         (OPERATIONS, f"in parts of {replay.CHUNK}, the next"),
         (OPERATIONS, f"lease must run out: {REPLAY['LEASE_MS'] // 1000} s"),
+        (OPERATIONS, f"{default('upstream_reserve')}: of 100 calls a minute"),
+        (OPERATIONS, f"by half in {WORDS[BUDGET['HALVES_AFTER']].lower()} windows"),
         (OPERATIONS, f"`limit` ({letters_api.PAGE}, at most {MAX_PAGE:,})"),
         (ARCHITECTURE, f"was replayed | {REPLAY['MARK_MS'] // 86_400_000} days |"),
         (OPERATIONS, f"| {HOLD[0]}, doubling to {HOLD[1]} s |"),
@@ -786,7 +793,7 @@ WORDS = {3: "three", 5: "Five"}
         (OPERATIONS, f"keeps minutes for {LIB['MINUTES_KEPT_MS'] // 3_600_000} h"),
         (OPERATIONS, f"hours for {LIB['HOURS_KEPT_MS'] // 86_400_000} days"),
         (OPERATIONS, f"Written every {assembly.REAP_EVERY_S:g} s"),
-        (DELIVERY, f"more than {TICK['SLACK_MS']} ms longer to leave"),
+        (DELIVERY, f"more than {BUDGET['SLACK_MS']} ms longer to leave"),
         (DELIVERY, f"none takes more than {MAX_DEPARTURE_MS} ms"),
         (DELIVERY, f"try {EXAMPLES} histories of {TEST_STEPS} steps"),
         (DELIVERY, f"tries {HISTORIES} new ones of {STEPS} steps"),

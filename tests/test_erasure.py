@@ -123,7 +123,7 @@ async def test_nothing_of_a_person_is_left_in_any_place(bench: Bench) -> None:
 
     await eventually(listening)
     assert await erase(bench) == Erased(
-        waiting=4, delayed=1, dead=1, spooled=0, marks=10, in_flight=0, mentions=0
+        waiting=4, delayed=1, dead=1, spooled=0, marks=9, in_flight=0, mentions=0
     )
     assert await waiting == {"outcome": "dropped", "reason": "forgotten"}
     for key, value in (await everything(bench)).items():

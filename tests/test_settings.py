@@ -398,10 +398,7 @@ def test_an_unknown_variable_in_the_env_file_is_a_warning_too(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "RELAY_DURABILITY",
-        "RELAY_UPSTREAM_RESERVE",
-    ],
+    ["RELAY_DURABILITY"],
 )
 def test_a_setting_of_a_later_version_says_so(name: str) -> None:
     (warning,) = load_settings(Role.READ, {name: "Zqx"}).warnings

@@ -21,7 +21,7 @@ from simulation.clock import Clock, SimulatedScripts
 from simulation.picture import picture
 from simulation.play import Played, play
 from simulation.referee import Finding, Left, Referee, most_within, span
-from simulation.scenarios import EXPECTED_LATER, SCENARIOS, shorter
+from simulation.scenarios import SCENARIOS, shorter
 from simulation.timeline import Timeline
 from simulation.voucherify import Heard
 
@@ -41,8 +41,12 @@ async def run(url: str, name: str, seed: int = SEED) -> Played:
 @pytest.mark.parametrize("name", SCENARIOS)
 async def test_every_promise_is_kept_in(valkey_url: str, name: str) -> None:
     played = await run(valkey_url, name)
-    broken = [f for f in played.findings if not f.kept]
-    assert [f for f in broken if (name, f.check) not in EXPECTED_LATER] == []
+    broken = {f.check for f in played.findings if not f.kept}
+    if (
+        name != "sale"
+    ):  # in small, a few tries more or less are a large part of the time
+        broken.discard("eta")
+    assert broken == set()
     assert played.accepted > 500
     assert played.waiting == 0
     assert played.emptied_ms is not None
@@ -315,14 +319,15 @@ async def test_the_picture_is_sound_and_the_table_is_whole(valkey_url: str) -> N
 
 async def test_what_is_not_as_expected_is_told(valkey_url: str) -> None:
     played = await run(valkey_url, "rotation")
-    bad = Finding(check="once", found=1, most=0, said="x")
-    wrong = Played(**{f: getattr(played, f) for f in played.__struct_fields__})
-    assert list(report.surprises([wrong])) == []
-    wrong.findings.append(bad)
-    assert list(report.surprises([wrong])) == ["rotation, once: x: 1 of 0: not kept"]
-    assert list(report.shortcomings([wrong])) == [
-        "`rotation`: x: 1, 0 would be right (**a fault**)."
+    played.findings[:] = [f for f in played.findings if f.check != "eta"]
+    played.findings.append(Finding(check="eta", found=0.01, most=0.1, said="eta_s"))
+    assert list(report.shortcomings([played])) == []
+    played.findings.append(Finding(check="once", found=1, most=0, said="x"))
+    assert list(report.shortcomings([played])) == [
+        "`rotation`: x: 1 of 0: **a fault**."
     ]
+    [eta] = report.measures([played])
+    assert eta == "`rotation`: eta_s: 0.010, at most 0.100."
 
 
 def test_the_command_plays_one_and_says_it_as_json() -> None:

@@ -49,12 +49,13 @@ def of(
     uses: int = 0,
     life_ms: int = 60_000,
     token_dry: bool = False,
+    **parts: object,
 ) -> Event:
     special: Special = (
         *(name, coalesce_ms, quota, period_ms, limit_dry),
         *(token, uses, life_ms, token_dry),
     )
-    return event(id, customer=customer, name=name, special=special)
+    return event(id, customer=customer, name=name, special=special, **parts)  # type: ignore[arg-type]  # as there
 
 
 @pytest.fixture
@@ -107,54 +108,131 @@ async def charged(bench: Bench, customer: str = "c") -> tuple[int, int]:
 # --- coalesce ---------------------------------------------------------------------
 
 
-async def test_the_first_in_a_window_is_queued_and_later_ones_coalesced(
-    make: Make,
-) -> None:
+async def test_the_last_one_takes_the_place_of_the_first(make: Make) -> None:
     bench = await make()
-    taken = [of(f"{n}", coalesce_ms=WINDOW_MS) for n in range(4)]
+    taken = [of(f"{n}", coalesce_ms=WINDOW_MS, body=f'{{"n":{n}}}') for n in range(4)]
+    await bench.codes(of("before", "d"))
     assert await bench.codes(*taken[:2]) == [QUEUED, COALESCED]
-    assert await bench.codes(*taken[2:]) == [COALESCED] * 2
-    assert [claimed.id for claimed in await bench.claim()] == ["0"]
+    assert await bench.codes(of("after", "e"), *taken[2:]) == [QUEUED] + [COALESCED] * 2
+    claimed = await bench.claim()
+    assert [c.id for c in claimed] == ["before", "3", "after"]
+    assert claimed[1].body == '{"n":3}'
     assert (await bench.totals())["coalesced"] == 3
     assert await noted(bench, "event:n:coalesced") == 3
+    await bench.settle(*(result(c, "delivered") for c in claimed))
+    assert (await bench.totals())["delivered"] == 3
 
 
-async def test_after_the_window_the_next_one_is_queued(make: Make) -> None:
-    bench = await make()
-    # Redis forgets by its own clock, which no test can move: a short window.
-    assert await bench.codes(of("first", coalesce_ms=100)) == [QUEUED]
-    codes: list[int] = []
-
-    async def passes() -> bool:
-        codes.extend(await bench.codes(of(coalesce_ms=100)))
-        return codes[-1] == QUEUED
-
-    await eventually(passes)
-    assert set(codes[:-1]) <= {COALESCED}
-    assert await bench.codes(of(coalesce_ms=WINDOW_MS)) == [COALESCED]
-
-
-async def test_the_window_begins_with_the_event_that_was_taken(make: Make) -> None:
-    bench = await make()
-    key = f"{bench.queue.prefix}:coalesce:c:n"
-    await bench.codes(of("a", coalesce_ms=WINDOW_MS))
-    assert WINDOW_MS - 10_000 < await bench.client.pttl(key) <= WINDOW_MS
-    await bench.client.pexpire(key, 50_000)
-    assert await bench.codes(of("b", coalesce_ms=WINDOW_MS)) == [COALESCED]
-    assert await bench.client.pttl(key) <= 50_000  # a stream passes once a window
-
-
-async def test_the_longest_window_and_period_are_kept_to_the_millisecond(
+async def test_what_comes_after_the_call_waits_for_the_end_of_the_window(
     make: Make,
 ) -> None:
     bench = await make()
-    longest, year = 30 * DAY_MS, 366 * DAY_MS
-    await bench.codes(of(coalesce_ms=longest))
-    left = await bench.client.pttl(f"{bench.queue.prefix}:coalesce:c:n")
-    assert longest - 10_000 < left <= longest
+    assert await bench.codes(of("a", coalesce_ms=WINDOW_MS)) == [QUEUED]
+    [first] = await bench.claim()
+    await bench.settle(result(first, "delivered"))
+    await bench.clock.pass_ms(WINDOW_MS - 5_000)
+    # Once it is over there is one call more, with what came last.
+    late = [of(n, coalesce_ms=WINDOW_MS) for n in "bcd"]
+    assert await bench.codes(*late) == [QUEUED, COALESCED, COALESCED]
+    assert await bench.claim() == []
+    await bench.clock.pass_ms(5_000)
+    [second] = await bench.claim()
+    assert second.id == "d"
+    # And the next window has begun with that call.
+    assert await bench.codes(of("e", coalesce_ms=WINDOW_MS)) == [QUEUED]
+    await bench.settle(result(second, "delivered"))
+    assert await bench.claim() == []
+
+
+async def test_a_retry_leaves_the_one_that_waits_alone(make: Make) -> None:
+    bench = await make()
+    await bench.codes(of("a", coalesce_ms=WINDOW_MS))
+    [first] = await bench.claim()
+    await bench.codes(*(of(n, coalesce_ms=WINDOW_MS) for n in "bc"))
+    await bench.settle(result(first, "retry", delay_ms=1_000))
+    await bench.clock.pass_ms(1_000)
+    [again] = await bench.claim()
+    assert again.id == "a"
+    await bench.settle(result(again, "delivered"))
+    await bench.clock.pass_ms(WINDOW_MS)
+    [last] = await bench.claim()
+    assert last.id == "c"
+
+
+async def test_what_is_too_old_when_its_turn_comes_opens_no_window(make: Make) -> None:
+    bench = await make()
+    await bench.codes(of("a", coalesce_ms=WINDOW_MS, ttl_ms=60_000))
+    await bench.clock.pass_ms(50_000)
+    await bench.codes(of("b", coalesce_ms=WINDOW_MS, ttl_ms=60_000))
+    await bench.clock.pass_ms(50_000)  # the place is too old, what it holds is not
+    [claimed] = await bench.claim()
+    assert claimed.id == "b"
+    await bench.settle(result(claimed, "delivered"))
+    await bench.clock.pass_ms(WINDOW_MS)
+    await bench.codes(of("c", coalesce_ms=WINDOW_MS, ttl_ms=60_000))
+    await bench.clock.pass_ms(60_001)
+    assert await bench.claim() == []
+    assert [letter["id"] for letter in await bench.dead()] == ["c"]
+    await bench.codes(of("d", coalesce_ms=WINDOW_MS))
+    assert [c.id for c in await bench.claim()] == ["d"]
+
+
+async def test_a_window_that_a_clock_left_far_ahead_ends_as_a_new_one_would(
+    make: Make,
+) -> None:
+    bench = await make()
+    await bench.codes(of("a", coalesce_ms=WINDOW_MS))
+    [first] = await bench.claim()
+    await bench.settle(result(first, "delivered"))
+    await bench.clock.pass_ms(-HOUR_MS)
+    await bench.codes(of("b", coalesce_ms=WINDOW_MS))
+    await bench.clock.pass_ms(WINDOW_MS)
+    assert [c.id for c in await bench.claim()] == ["b"]
+
+
+async def test_a_place_waits_for_as_long_as_a_hold_lasts(make: Make) -> None:
+    bench = await make()
+    longest = 30 * DAY_MS
+    key = f"{bench.queue.prefix}:coalesce:c:n"
+    await bench.codes(of("a", coalesce_ms=longest, ttl_ms=2 * longest))
+    assert await bench.client.pttl(key) == -1
+    await bench.claim()
+    assert longest - 10_000 < await bench.client.pttl(key) <= longest
+    await bench.codes(of("b", coalesce_ms=longest, ttl_ms=2 * longest))
+    assert await bench.client.pttl(key) == -1
+
+
+async def test_who_waits_for_an_outcome_hears_that_a_later_one_came(make: Make) -> None:
+    bench = await make()
+    first, second, third = (of(n, coalesce_ms=WINDOW_MS) for n in "abc")
+    for one, after in ((first, second), (second, third)):
+        await bench.queue.expect(one, 5)
+        await bench.codes(one, after)
+        told = await bench.queue.outcome(one, 1)
+        assert told == {"outcome": "coalesced", "reason": "coalesced"}
+
+
+async def test_the_longest_period_is_kept_to_the_millisecond(make: Make) -> None:
+    bench = await make()
+    year = 366 * DAY_MS
     assert await bench.codes(of(quota=1, period_ms=year)) == [QUEUED]
     reply = await bench.take(of(quota=1, period_ms=year))
     assert reply.codes == [EVENT_LIMITED, year * 1000]
+
+
+async def test_a_person_who_waits_in_anothers_place_is_erased_from_it(
+    make: Make,
+) -> None:
+    """The events are one customer's; only the last one names this id as well."""
+    bench = await make()
+    await bench.codes(of("a", coalesce_ms=WINDOW_MS, body='{"customer":{"id":"c"}}'))
+    await bench.codes(of("b", coalesce_ms=WINDOW_MS, body='{"customer":{"id":"ann"}}'))
+    step = await bench.queue.forget("normal", "", 10, "ann", '"ann"')
+    assert step.erased == 1
+    assert (await bench.totals())["dropped"] == 1
+    assert await bench.client.exists(f"{bench.queue.prefix}:coalesce:c:n") == 0
+    await bench.codes(of("c", coalesce_ms=WINDOW_MS))
+    assert [c.id for c in await bench.claim()] == ["c"]
 
 
 async def test_customers_and_events_have_windows_of_their_own(make: Make) -> None:
@@ -175,8 +253,8 @@ async def test_a_coalesced_id_is_a_duplicate_when_it_comes_again(make: Make) -> 
     first, second = (of(n, coalesce_ms=WINDOW_MS) for n in "ab")
     assert await bench.codes(first, second) == [QUEUED, COALESCED]
     assert await bench.codes(second, first) == [DUPLICATE] * 2
-    # Also when the window is over, or the catalogue has none any more.
-    await bench.client.delete(f"{bench.queue.prefix}:coalesce:c:n")
+    # Also when it was sent, or the catalogue has no window any more.
+    await bench.claim()
     assert await bench.codes(second) == [DUPLICATE]
     assert await bench.codes(event("b", customer="c", name="n")) == [DUPLICATE]
     left = await bench.client.pttl(seen_key(bench.queue, "c", "b"))

@@ -17,8 +17,8 @@
 --         outcome the reason is a counter's name, with `browser` one of the day's
 -- Reply packed {{dimension, remaining, reset_us, {code, wait_us...}}...}, one for
 --       each request: the tightest limit (-1: none), and for each event 0 queued,
---       1 duplicate, 2 no room, 3+d over limit d (from 0), -1 coalesced, -2 its token
---       is used up, -3 over the event's own limit. "STALE" for a straggler.
+--       1 duplicate, 2 no room, 3+d over limit d (from 0), -1 queued in the place of
+--       one that waited (coalesced), -2 its token is used up, -3 over the event's own limit. "STALE" for a straggler.
 local SLOT_MS = 3600000  -- longer than any relay goes on trying one commit
 local MADE_ID_MS = 120000  -- how long an id of the relay's own making is known
 local RATE_CLAMP_US = 5000000  -- a clock that stepped back blocks nobody for longer
@@ -75,18 +75,9 @@ end
 -- lets five through in one, and here each of them may be points. Nothing is charged
 -- yet; returns a code and a wait, or nil and how to charge it.
 local function meet(special, customer, name)
-  local digest, coalesce_ms, quota, period_ms, limit_dry, token, uses, life_ms,
-    token_dry = unpack(special)
+  local digest, _, quota, period_ms, limit_dry, token, uses, life_ms, token_dry =
+    unpack(special)
   local charges = {}
-  if coalesce_ms > 0 then
-    local key = P .. ':coalesce:' .. customer .. ':' .. digest
-    if call('EXISTS', key) == 1 then
-      count('coalesced', 1)
-      count_event(name, 'coalesced', 1)
-      return -1, 0
-    end
-    charges[#charges + 1] = function() call('SET', key, '', 'PX', coalesce_ms) end
-  end
   if quota > 0 then
     local key = P .. ':rl:event:' .. digest .. ':' .. customer
     local ahead = 0
@@ -130,8 +121,34 @@ local function meet(special, customer, name)
   return nil, charges
 end
 
+-- The last one wins: it takes the place of the one that waits, which goes nowhere. That
+-- is no call more, so nothing is charged.
+local function take_place(packed, event, older)
+  call('HSET', coalesce_key(event), 'e', packed, 'r', now_ms)
+  count('coalesced', 1)
+  count_event(event.name, 'coalesced', 1)
+  tell(older, {outcome = 'coalesced', reason = 'coalesced'})
+end
+-- The next ones will take the place of this one. Where another was sent within the
+-- window, it waits for the end of that.
+local function open_place(packed, event, until_ms)
+  local key = coalesce_key(event)
+  call('DEL', key)
+  call('HSET', key, 'id', event.id)
+  -- A clock that stepped back makes nobody wait for longer, nor a window that is longer
+  -- than an event lives.
+  local due = math.min(tonumber(until_ms or 0), now_ms + event.window,
+    now_ms + event.ttl / 2)
+  if due > now_ms then
+    postpone(fresh(packed, now_ms), due)
+  else
+    append(event.lane, packed)
+  end
+end
+
 local function admit(request_ip, event)
   local id, given, customer, name, lane, delivery, ttl_ms, body, special = unpack(event)
+  local packed = {id, name, customer, delivery, ttl_ms, lane, body}
   if room <= 0 then note('no_room', 1) return 2, 0 end
   local wait, refuser = 0, 0
   for d = 1, #dims do
@@ -150,7 +167,8 @@ local function admit(request_ip, event)
     return 2 + refuser, wait
   end
   local seen = P .. ':seen:' .. customer .. ':' .. id_digest(id)  -- another's is not taken
-  local charges = {}
+  local seen_ms = given and settings[2] or MADE_ID_MS
+  local charges, place, kept = {}, nil, nil
   if special then
     -- Before what it may have used up itself: who sends an event again because the
     -- answer was lost must not hear that its token is spent.
@@ -159,21 +177,27 @@ local function admit(request_ip, event)
       count_event(name, 'duplicate', 1)
       return 1, 0
     end
-    local code, more = meet(special, customer, name)
-    if code then
-      -- A sender is done with a coalesced event, so its repeat is a duplicate.
-      if code == -1 then
-        call('SET', seen, '', 'PX', given and settings[2] or MADE_ID_MS)
+    if special[2] > 0 then
+      packed[8], packed[9] = special[1], special[2]
+      place = {id = id, name = name, customer = customer, lane = lane, ttl = ttl_ms,
+        digest = special[1], window = special[2]}
+      kept = call('HMGET', coalesce_key(place), 'id', 'until', 'e')
+      if kept[1] then
+        call('SET', seen, '', 'PX', seen_ms)
+        local older = kept[3] and open(kept[3]) or {id = kept[1], customer = customer}
+        take_place(cmsgpack.pack(packed), place, older)
+        return -1, 0
       end
-      return code, more
     end
+    local code, more = meet(special, customer, name)
+    if code then return code, more end
     charges = more
   end
   if not given then
     -- Made once, so never a duplicate itself; but after a 503 whose result nobody
     -- knew, its sender may repeat it under the id that the answer told.
-    call('SET', seen, '', 'PX', MADE_ID_MS)
-  elseif not call('SET', seen, '', 'PX', settings[2], 'NX') then
+    call('SET', seen, '', 'PX', seen_ms)
+  elseif not call('SET', seen, '', 'PX', seen_ms, 'NX') then
     count('duplicate', 1)
     count_event(name, 'duplicate', 1)
     return 1, 0
@@ -186,7 +210,11 @@ local function admit(request_ip, event)
       dirty[key] = true
     end
   end
-  append(lane, cmsgpack.pack({id, name, customer, delivery, ttl_ms, lane, body}))
+  if place then
+    open_place(cmsgpack.pack(packed), place, kept[2])
+  else
+    append(lane, cmsgpack.pack(packed))
+  end
   room = room - 1
   return 0, 0
 end

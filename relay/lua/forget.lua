@@ -29,7 +29,8 @@ local function about(text, body)
   if part(event, 'referral').referrer_id == person then return 'mentioned' end
 end
 local function about_entry(packed)
-  return about(packed, function() return open(packed).body end)
+  local truly = held_there(packed)
+  return about(truly, function() return open(truly).body end)
 end
 
 local function is_pending(lane, id)
@@ -38,7 +39,9 @@ local function is_pending(lane, id)
 end
 
 local function drop(packed)
-  local event = open(packed)
+  local truly, key = held_there(packed)
+  local event = open(truly)
+  if key then call('DEL', key) end
   count('dropped', 1)
   note('reason:forgotten', 1)
   count_event(event.name, 'dropped', 1)
@@ -96,7 +99,7 @@ local function look_at_delayed()
   end
   for i = 1, #found, 2 do
     local member = found[i]
-    local whose = about(member, function() return open(cmsgpack.unpack(member)[1]).body end)
+    local whose = about_entry(cmsgpack.unpack(member)[1])
     if whose == 'mentioned' then mentions = mentions + 1 end
     if whose == 'theirs' and call('ZREM', key, member) == 1 then
       drop(cmsgpack.unpack(member)[1])

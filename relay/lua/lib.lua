@@ -121,17 +121,43 @@ end
 
 -- An event in the queue is one packed array: {id, name, customer, delivery, ttl_ms,
 -- lane, body}. `customer` is a keyed digest, never the id itself. One that a replay made
--- has three more: the id of the event it repeats, the replay, and its part of that.
+-- has three more: the id of the event it repeats, the replay, and its part of that. One
+-- that is coalesced has, in their place, the digest of its name and the window in ms.
+local COALESCED_BYTE = 0x99  -- how a packed array of nine begins
 local function open(blob)
   local e = cmsgpack.unpack(blob)
-  return {id = e[1], name = e[2], customer = e[3], delivery = e[4], ttl = e[5],
-    lane = e[6], body = e[7], replay_of = e[8], run = e[9], chunk = e[10]}
+  local event = {id = e[1], name = e[2], customer = e[3], delivery = e[4], ttl = e[5],
+    lane = e[6], body = e[7]}
+  if #e == 10 then
+    event.replay_of, event.run, event.chunk = e[8], e[9], e[10]
+  elseif #e == 9 then
+    event.digest, event.window = e[8], e[9]
+  end
+  return event
+end
+-- One customer's events of one name, where they are coalesced. While one waits:
+--   id  of the event whose place they have in the queue
+--   e   the event that came last, packed, and r when; none while that is the same one
+-- After it was sent `until`, in ms, alone; gone when the window is over. No end is set
+-- while one waits: a hold may last for weeks.
+local function coalesce_key(event)
+  return P .. ':coalesce:' .. event.customer .. ':' .. event.digest
 end
 -- The id says when it was received. After a step back of the clock it cannot, as ids
 -- never go back: then it is the last one plus one.
 local function append(lane, packed)
   local added = redis.pcall('XADD', stream(lane), now_ms .. '-*', 'e', packed)
   if type(added) == 'table' then call('XADD', stream(lane), '*', 'e', packed) end
+end
+-- What a place in the queue holds in truth: where events are coalesced, the last one.
+-- Then also the key that goes with the place.
+local function held_there(packed)
+  if string.byte(packed) ~= COALESCED_BYTE then return packed end
+  local event = open(packed)
+  local key = coalesce_key(event)
+  local kept = call('HMGET', key, 'id', 'e')
+  if kept[1] ~= event.id then return packed end
+  return kept[2] or packed, key
 end
 -- How many more events may wait.
 local function room_of(queue_max)
@@ -157,6 +183,9 @@ local function known(x)
     fields[#fields + 1] = x[name]
   end
   return fields
+end
+local function fresh(packed, received_ms)
+  return {e = packed, r = tonumber(received_ms), a = 0, s = 0, k = -1, d = 0}
 end
 -- Back into the queue, to be claimed at `due`; the other half is tick's read_due.
 local function postpone(x, due)

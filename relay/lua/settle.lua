@@ -3,9 +3,10 @@
 -- Each is settled once, and only by the forwarder that still owns it.
 --
 -- KEYS  1 prefix
--- ARGV  1 consumer  2 egress
+-- ARGV  1 consumer  2 settings, as budget.lua has them
 --       3 results, packed {{lane, entry id, verdict, reason, status, error,
---         delay_ms, signal, pause_ms, probe}...}
+--         delay_ms, signal, pause_ms, probe, limit, remaining, limit type}...}; limit
+--         and remaining are -1 where the answer told none
 --   verdict  delivered | retry | wait | release | rejected | expired | ambiguous:
 --            `retry` spends an attempt, `wait` and `release` do not
 --   signal   what the call says about Voucherify: ok | failed | none | a hold's name
@@ -24,7 +25,8 @@ local STRIKES = 3
 local HELD_MS = 30000
 local STRIKING = {auth_hold = true, config_hold = true}
 
-local consumer, egress = ARGV[1], ARGV[2]
+local consumer, settings = ARGV[1], cmsgpack.unpack(ARGV[2])
+local egress = settings[1]
 local flow = P .. ':flow'
 
 local function raise_hold(hold, reason, told_ms, probe, first_ms, max_ms)
@@ -36,9 +38,13 @@ local function raise_hold(hold, reason, told_ms, probe, first_ms, max_ms)
     delay = math.min(2 * tonumber(call('HGET', flow, 'probe_delay_ms') or first_ms), max_ms)
   end
   local wait = math.min(math.max(delay, told_ms), TOLD_MAX_MS)
-  if current ~= hold then call('HSET', flow, 'since_ms', now_ms) end
+  if current ~= hold then
+    call('HSET', flow, 'since_ms', now_ms)
+    call('HDEL', flow, 'ends_ms')
+  end
   call('HSET', flow, 'hold', hold, 'hold_reason', reason,
     'probe_delay_ms', delay, 'probe_at_ms', now_ms + wait)
+  if told_ms > 0 then call('HSET', flow, 'ends_ms', now_ms + told_ms) end
 end
 
 local function hear(signal, reason, pause_ms, probe)
@@ -51,7 +57,7 @@ local function hear(signal, reason, pause_ms, probe)
   end
   if signal == 'ok' then
     call('HINCRBY', flow, 'oks', 1)
-    call('HDEL', flow, 'hold', 'hold_reason', 'since_ms', 'probe_at_ms',
+    call('HDEL', flow, 'hold', 'hold_reason', 'since_ms', 'probe_at_ms', 'ends_ms',
       'probe_delay_ms', 'failures')
   elseif signal == 'failed' then
     local failures = call('HINCRBY', flow, 'failures', 1)
@@ -83,8 +89,10 @@ end
 
 local settled = 0
 for _, result in ipairs(cmsgpack.unpack(ARGV[3])) do
-  local lane, id, verdict, reason, status, err, delay_ms, signal, pause_ms, probe =
-    unpack(result)
+  local lane, id, verdict, reason, status, err, delay_ms, signal, pause_ms, probe, limit,
+    remaining, limit_type = unpack(result)
+  -- Also from what is no longer ours: it is true of the plan all the same.
+  learn(settings, limit, remaining, limit_type)
   local found = ours(lane, id, consumer) and call('XRANGE', stream(lane), id, id) or {}
   if #found > 0 then
     local x = entry(id, found[1][2])

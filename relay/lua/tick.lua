@@ -7,11 +7,11 @@
 -- One customer's events go one at a time and in their order: who has one in flight
 -- steps behind the lane with the others, and customers there take every other turn of
 -- it, one after the other, so one customer's flood leaves half of a lane to the rest.
+-- When a long window's calls would run out, {prefix}:pace slows the lower lanes down.
 -- Dead forwarders are taken over: what they may have sent follows its delivery rule.
 --
 -- KEYS  1 prefix
--- ARGV  1 consumer  2 how many it can take  3 settings, packed {egress,
---         {{calls, period_ms}...}, stale_ms, deaths_max}
+-- ARGV  1 consumer  2 how many it can take  3 settings, as budget.lua has them
 --       4 "1" to look out for dead forwarders in this tick
 --       5 what this one has in flight, packed {"lane:entry id"...}
 -- Reply packed {{{lane, entry id, received_ms, attempts, id, name, delivery,
@@ -22,14 +22,13 @@ local EXPIRED_AT_ONCE = 1000  -- bounds one tick when a whole backlog is too old
 local STEPS_BEHIND = 500  -- the same for a customer's flood
 local BUSY_MS = 1000  -- a due retry of a customer who has another event in flight
 local ORPHANS = 100  -- looked at in each look-out
--- Two calls stamped a period apart can reach Voucherify closer together than that:
--- each takes its own time to leave. The windows are kept this much longer.
-local SLACK_MS = 100
 local PROBE_LEASE_MS = 15000  -- longer than a call may take: one probe at a time
+local PROBES_LOOKED_AT = 100  -- in each lane, for one that may be sent twice
+local PACE_KEPT_MS = 3600000  -- whoever set it has not looked since: it holds no more
 
 local consumer, wanted = ARGV[1], tonumber(ARGV[2])
 local settings = cmsgpack.unpack(ARGV[3])
-local egress, budget, stale_ms = settings[1], settings[2], settings[3]
+local egress, stale_ms, deaths_max = settings[1], settings[4], settings[5]
 local flow = P .. ':flow'
 
 local function group_missing(err)
@@ -46,7 +45,7 @@ local workers = P .. ':workers'
 local last_ms = tonumber(call('HGET', flow, 'last_ms') or now_ms)
 local back_ms = last_ms - now_ms
 if back_ms > 1000 then
-  for _, field in ipairs({'probe_at_ms', 'since_ms', 'by_hand_since_ms'}) do
+  for _, field in ipairs({'probe_at_ms', 'since_ms', 'ends_ms', 'by_hand_since_ms'}) do
     if call('HEXISTS', flow, field) == 1 then call('HINCRBY', flow, field, -back_ms) end
   end
   call('DEL', P .. ':pause:' .. egress)
@@ -88,11 +87,9 @@ if paused > 0 then allowed, wait_ms = 0, math.max(wait_ms, paused) end
 
 -- The upstream budget: for each window, the times of its last calls.
 local ledgers = {}
-for w, window in ipairs(budget) do
-  local calls, period = window[1], window[2] + SLACK_MS
-  -- By period alone: relays with different settings still see each other's calls.
-  local key = P .. ':budget:' .. egress .. ':' .. window[2]
-  ledgers[w] = {key, period}
+for _, window in ipairs(windows_of(settings)) do
+  local calls, period, key = window[1], window[2] + SLACK_MS, window[3]
+  ledgers[#ledgers + 1] = {key, period}
   local newest = tonumber(call('LINDEX', key, 0) or 0)
   if newest > now_ms + 1000 then  -- the clock stepped back: count them all as of now
     local n = call('LLEN', key)
@@ -104,9 +101,18 @@ for w, window in ipairs(budget) do
     call('RPOP', key)
     oldest = tonumber(call('LINDEX', key, -1) or 0)
   end
-  local free = calls - call('LLEN', key)
+  local used = call('LLEN', key)
+  local free = calls - used
   if free < allowed then allowed = math.max(free, 0) end
-  if free <= 0 then wait_ms = math.max(wait_ms, oldest + period - now_ms) end
+  if free <= 0 then
+    -- When the window has room: it may have become narrower than what is in it.
+    local frees = tonumber(call('LINDEX', key, calls - 1))
+    wait_ms = math.max(wait_ms, frees + period - now_ms)
+  elseif window[4] then
+    local now, later_ms = evenly(window)
+    if now < allowed then allowed = now end
+    wait_ms = math.max(wait_ms, later_ms)
+  end
 end
 
 local function give(lane, id, x, event)
@@ -127,7 +133,7 @@ local function take_over(lane, id, died)
     local sent = call('HEXISTS', P .. ':sent', lane .. ':' .. id) == 1
     if sent and event.delivery == 'at_most_once' then
       bury(x, event, 'ambiguous', 'worker_died', {})
-    elseif x.d >= settings[4] then
+    elseif x.d >= deaths_max then
       bury(x, event, 'expired', 'worker_died', {})
     else
       postpone(x, now_ms)
@@ -254,6 +260,51 @@ local function read_lane(lane)
   end
 end
 
+-- What probes may fail without an answer, and then nobody knows whether it arrived. So
+-- rather one that may be sent again: the first such of a customer at the front of a lane.
+local function read_probe()
+  for _, lane in ipairs(LANES) do
+    local groups = redis.pcall('XINFO', 'GROUPS', stream(lane))
+    local last = '0-0'
+    for _, group in ipairs(groups.err and {} or groups) do
+      for f = 1, #group, 2 do
+        if group[f] == 'last-delivered-id' then last = group[f + 1] end
+      end
+    end
+    local met = {}
+    for _, item in ipairs(call('XRANGE', stream(lane), '(' .. last, '+', 'COUNT',
+        PROBES_LOOKED_AT)) do
+      local x = entry(item[1], item[2])
+      local event = open(x.e)
+      local first = not met[event.customer] and not is_busy(event.customer)
+        and call('EXISTS', row(lane, event.customer)) == 0
+      met[event.customer] = true
+      if first and event.delivery ~= 'at_most_once' and now_ms <= x.r + event.ttl then
+        call('XDEL', stream(lane), item[1])
+        return enter_retry(x)
+      end
+    end
+  end
+end
+
+-- A lane that is slowed down gives one event at a time, so many ms apart.
+local paces = {}
+local flat_pace = call('HGETALL', P .. ':pace')
+for i = 1, #flat_pace, 2 do
+  paces[string.gsub(flat_pace[i], '_ms$', '')] = tonumber(flat_pace[i + 1])
+end
+if math.abs(now_ms - (paces.at or 0)) > PACE_KEPT_MS then paces = {} end
+local function next_of_pace(lane)
+  local gap = paces[lane] or 0
+  if gap <= 0 then return 0 end
+  -- A pace that was slower before, or a clock that stepped back, holds it up no longer.
+  return math.min(tonumber(call('HGET', flow, 'next:' .. lane) or 0), now_ms + gap)
+end
+local function keep_pace(lane)
+  local gap = paces[lane] or 0
+  if gap > 0 then call('HSET', flow, 'next:' .. lane, now_ms + gap) end
+end
+
 local ORDERS = {
   [3] = {'low', 'high', 'normal'}, [7] = {'normal', 'high', 'low'},
 }
@@ -264,7 +315,10 @@ local function next_event()
   turn = (turn + 1) % 20
   -- A probe takes one that was not tried yet, if there is any: what raised the hold may
   -- have been the event itself.
-  if turn % 2 == 0 and not probe then
+  if probe then
+    local id, x = read_probe()
+    if id then return 'retry', id, x end
+  elseif turn % 2 == 0 then
     local id, x = read_due(now_ms)
     if id then return 'retry', id, x end
   end
@@ -272,13 +326,40 @@ local function next_event()
   for _, lane in ipairs(ORDERS[math.floor(turn / 2)] or USUAL) do
     for _, from_row in ipairs({ready_first, not ready_first}) do
       local id, x
-      if from_row then id, x = read_ready(lane) else id, x = read_lane(lane) end
+      if next_of_pace(lane) > now_ms then
+        id = nil
+      elseif from_row then
+        id, x = read_ready(lane)
+      else
+        id, x = read_lane(lane)
+      end
       if id then return from_row and 'retry' or lane, id, x end
     end
   end
   local id, x = read_due(probe and '+inf' or now_ms)
   if id then return 'retry', id, x end
   return nil
+end
+
+-- A coalesced event waits under its oldest one's place, and is what came last. From
+-- here on the next one has to wait until the window is over.
+local function latest(lane, id, x)
+  local event = open(x.e)
+  if not event.window then return lane, id, x, event end
+  local key = coalesce_key(event)
+  local kept = call('HMGET', key, 'id', 'e', 'r')
+  if kept[1] ~= event.id then return lane, id, x, event end
+  if kept[2] then
+    remove(lane, id)
+    lane, id, x = 'retry', enter_retry(fresh(kept[2], kept[3]))
+    event = open(x.e)
+  end
+  call('DEL', key)
+  if now_ms <= x.r + event.ttl then
+    call('HSET', key, 'until', now_ms + event.window)
+    call('PEXPIRE', key, event.window)
+  end
+  return lane, id, x, event
 end
 
 local empty, expired = false, 0
@@ -288,7 +369,8 @@ while #out < allowed and not empty do
     empty = steps < STEPS_BEHIND
     if not empty then break end
   else
-    local event = open(x.e)
+    local event
+    lane, id, x, event = latest(lane, id, x)
     if now_ms > x.r + event.ttl then
       bury(x, event, 'expired', 'ttl', {})
       remove(lane, id, event.customer)
@@ -301,15 +383,16 @@ while #out < allowed and not empty do
       remove(lane, id, event.customer)
     else
       give(lane, id, x, event)
+      keep_pace(event.lane)
     end
   end
 end
 if turn ~= first_turn then call('HSET', flow, 'turn', turn) end
 
 if #out > 0 then
-  for _, ledger in ipairs(ledgers) do
-    for _ = 1, #out do call('LPUSH', ledger[1], now_ms) end
-    call('PEXPIRE', ledger[1], ledger[2])
+  for _, kept in ipairs(ledgers) do
+    for _ = 1, #out do call('LPUSH', kept[1], now_ms) end
+    call('PEXPIRE', kept[1], kept[2])
   end
   if probe then call('HSET', flow, 'probe_at_ms', now_ms + PROBE_LEASE_MS) end
 end
@@ -318,6 +401,13 @@ local doorbell = {}
 if empty then
   local next_due = call('ZRANGE', P .. ':delayed', 0, 0, 'WITHSCORES')
   wait_ms = next_due[2] and math.max(0, next_due[2] - now_ms) or -1
+  for _, lane in ipairs(LANES) do  -- what only keeps its pace
+    local left_ms = next_of_pace(lane) - now_ms
+    if left_ms > 0 and (wait_ms < 0 or left_ms < wait_ms)
+      and call('XLEN', stream(lane)) + call('XLEN', behind(lane)) > 0 then
+      wait_ms = left_ms
+    end
+  end
   for i = 1, 3 do
     local info = call('XINFO', 'STREAM', stream(LANES[i]))
     for f = 1, #info, 2 do

@@ -30,7 +30,7 @@ const panel = (() => {
     sent: ["relay", "wait", "On its way"],
     queued: ["relay", "wait", "Queued"],
     duplicate: ["relay", "good", "Known already", "The relay had it before: it counts once."],
-    coalesced: ["relay", "good", "Coalesced", "One of its kind was taken shortly before."],
+    coalesced: ["relay", "good", "Coalesced", "A later one of its kind took its place."],
     rate_limited: ["browser", "warn", "Comes again"],
     unavailable: ["browser", "warn", "Comes again", "The relay did not answer."],
     unfollowed: ["relay", "warn", "In the relay", "The panel follows it no longer."],
