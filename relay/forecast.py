@@ -131,6 +131,8 @@ def etas_s(facts: Facts, held: Pace | None = None) -> list[int] | None:
             old[i] = min(left, lane.waiting * _alive(lane, facts, now_s))
             there[i] -= served[i] + left - old[i]
             again = facts.retrying[i] * retrying / whole if whole else 0.0
+            if facts.retrying[i] and now_s < due_s:
+                again = max(again, 1.0)  # the last of them
             if gone[i] is None and old[i] + again < 0.5:
                 gone[i] = min(math.ceil(now_s), LONGEST_S)
     return [LONGEST_S if at is None else at for at in gone]

@@ -334,3 +334,60 @@ async def test_where_all_pay_one_of_them_is_the_probe(make: Make) -> None:
     await bench.take(event("p", lane="high", delivery="at_most_once"))
     [probe] = (await bench.queue.tick("a", 10, look_out=False)).claimed
     assert probe.id == "p"
+
+
+# --- what is too old ------------------------------------------------------------------
+
+
+async def look_out(bench: Bench, consumer: str = "a") -> None:
+    tick = await bench.queue.tick(consumer, 0, look_out=True)
+    assert tick.claimed == []
+
+
+async def test_what_is_too_old_goes_also_while_nothing_may_be_sent(make: Make) -> None:
+    bench = await make("off")
+    await bench.queue.hold("by hand")
+    await bench.take(*(event(f"{n}", ttl_ms=60_000) for n in range(250)))
+    await bench.take(event("lives"), event("behind", ttl_ms=60_000))
+    await bench.clock.pass_ms(60_000)
+    await look_out(bench)
+    assert await bench.dead() == []  # to the millisecond
+    await bench.clock.pass_ms(1)
+    await look_out(bench)
+    letters = await bench.dead()
+    assert [letter["id"] for letter in letters][:250] == [f"{n}" for n in range(250)]
+    assert {letter["reason"] for letter in letters} == {"ttl"}
+    await bench.queue.resume()
+    assert [one.id for one in await bench.claim(10)] == ["lives"]
+
+
+async def test_a_customer_behind_a_lane_goes_on_after_what_was_too_old(
+    make: Make,
+) -> None:
+    bench = await make("off")
+    await bench.take(
+        event("a", customer="ann"),
+        event("b", customer="ann", ttl_ms=60_000),
+        event("c", customer="ann"),
+    )
+    [first] = await bench.claim(10)
+    await bench.clock.pass_ms(60_001)
+    await bench.queue.tick("a", 0, look_out=True, held=[first.place])
+    assert [letter["id"] for letter in await bench.dead()] == ["b"]
+    await bench.settle(result(first, "delivered"))
+    assert [one.id for one in await bench.claim(10)] == ["c"]
+
+
+async def test_a_lane_keeps_its_share_though_much_in_it_is_too_old(make: Make) -> None:
+    bench = await make("off")
+    old = [event(f"o{n}", lane="low", ttl_ms=60_000) for n in range(50)]
+    hidden = event("first", lane="low")  # what is behind it is not swept at once
+    await bench.take(hidden, *old, *(event(lane="low") for _ in range(20)))
+    await bench.take(*(event(lane="high") for _ in range(200)))
+    await bench.clock.pass_ms(60_001)
+    lanes = []
+    for _ in range(100):
+        [one] = await bench.claim(1)
+        lanes.append(one.lane)
+        await bench.settle(result(one, "delivered"))
+    assert lanes.count("low") == 10

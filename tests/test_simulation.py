@@ -254,15 +254,25 @@ async def take(queue: Queue, seq: int, event: Event) -> int:
     return reply.codes[0]
 
 
-async def test_keys_expire_in_simulated_time(simulated: tuple[Queue, Clock]) -> None:
+async def test_keys_expire_in_simulated_time(
+    simulated: tuple[Queue, Clock], valkey_url: str
+) -> None:
     queue, clock = simulated
     special = ("digest", 600_000, 0, 0, False, "", 0, 0, False)
-    event = ("", False, "c", "e", "low", "at_least_once", 60_000, "{}", special)
-    assert await take(queue, 1, ("1", *event[1:])) == QUEUED
-    clock.now_ms += 599_999
-    assert await take(queue, 2, ("2", *event[1:])) == -1
-    clock.now_ms += 1
-    assert await take(queue, 3, ("3", *event[1:])) == QUEUED
+    event = ("", False, "c", "e", "low", "at_least_once", 9_000_000, "{}", special)
+    window = f"{queue.prefix}:coalesce:c:digest"
+    client = redis.asyncio.Redis.from_url(valkey_url)
+    try:
+        assert await take(queue, 1, ("1", *event[1:])) == QUEUED
+        assert await queue.tick("a", 1, look_out=False)
+        clock.now_ms += 599_999
+        await queue.reap()
+        assert await client.exists(window)
+        clock.now_ms += 1
+        await queue.tick("a", 0, look_out=False)
+        assert not await client.exists(window)
+    finally:
+        await client.aclose()
 
 
 async def test_a_key_made_anew_does_not_inherit_an_end(

@@ -23,7 +23,7 @@ local STEPS_BEHIND = 500  -- the same for a customer's flood
 local BUSY_MS = 1000  -- a due retry of a customer who has another event in flight
 local ORPHANS = 100  -- looked at in each look-out
 local PROBE_LEASE_MS = 15000  -- longer than a call may take: one probe at a time
-local PROBES_LOOKED_AT = 100  -- in each lane, for one that may be sent twice
+local LOOKED_AT = 100  -- at the front of each lane, for a probe or for what is too old
 local PACE_KEPT_MS = 3600000  -- whoever set it has not looked since: it holds no more
 
 local consumer, wanted = ARGV[1], tonumber(ARGV[2])
@@ -176,9 +176,52 @@ local function look_out(lane)
     end
   end
 end
+
+-- Where a lane begins that nobody has read.
+local function unread(lane)
+  local groups = redis.pcall('XINFO', 'GROUPS', stream(lane))
+  for _, group in ipairs(groups.err and {} or groups) do
+    for f = 1, #group, 2 do
+      if group[f] == 'last-delivered-id' then return '(' .. group[f + 1] end
+    end
+  end
+  return '-'
+end
+
+-- What is too old goes when its time is over, also while nothing may be sent; what is
+-- hidden behind others that live, when its turn comes.
+local function sweep(lane, from, step_out)
+  local swept, all_old = 0, true
+  while all_old and swept < EXPIRED_AT_ONCE do
+    local found = call('XRANGE', stream(lane), from, '+', 'COUNT', LOOKED_AT)
+    all_old = #found > 0
+    for _, item in ipairs(found) do
+      local x = entry(item[1], item[2])
+      local truly, key = held_there(x.e)
+      local event = open(truly)
+      local received_ms = key and tonumber(call('HGET', key, 'r')) or x.r
+      -- One that a lost group handed out may have arrived: it is judged when it is read.
+      local was_out = call('HEXISTS', P .. ':sent', lane .. ':' .. item[1]) == 1
+      if now_ms > received_ms + event.ttl and not was_out then
+        x.r = received_ms
+        bury(x, event, 'expired', 'ttl', {})
+        call('XDEL', stream(lane), item[1])
+        if key then call('DEL', key) end
+        if step_out then call('LREM', row(step_out, event.customer), 1, item[1]) end
+        swept = swept + 1
+      else
+        all_old = false
+      end
+    end
+  end
+end
 if ARGV[4] == '1' then
   for _, name in ipairs(STREAMS) do look_out(name) end
-  for _, lane in ipairs(LANES) do mend(lane) end
+  for _, lane in ipairs(LANES) do
+    mend(lane)
+    sweep(lane, unread(lane))
+    sweep(lane .. ':behind', '-', lane)
+  end
 end
 
 local function read(lane)
@@ -264,16 +307,9 @@ end
 -- rather one that may be sent again: the first such of a customer at the front of a lane.
 local function read_probe()
   for _, lane in ipairs(LANES) do
-    local groups = redis.pcall('XINFO', 'GROUPS', stream(lane))
-    local last = '0-0'
-    for _, group in ipairs(groups.err and {} or groups) do
-      for f = 1, #group, 2 do
-        if group[f] == 'last-delivered-id' then last = group[f + 1] end
-      end
-    end
     local met = {}
-    for _, item in ipairs(call('XRANGE', stream(lane), '(' .. last, '+', 'COUNT',
-        PROBES_LOOKED_AT)) do
+    for _, item in ipairs(call('XRANGE', stream(lane), unread(lane), '+', 'COUNT',
+        LOOKED_AT)) do
       local x = entry(item[1], item[2])
       local event = open(x.e)
       local first = not met[event.customer] and not is_busy(event.customer)
@@ -364,6 +400,7 @@ end
 
 local empty, expired = false, 0
 while #out < allowed and not empty do
+  local its_turn = turn
   local lane, id, x = next_event()
   if not lane then
     empty = steps < STEPS_BEHIND
@@ -371,16 +408,17 @@ while #out < allowed and not empty do
   else
     local event
     lane, id, x, event = latest(lane, id, x)
-    if now_ms > x.r + event.ttl then
-      bury(x, event, 'expired', 'ttl', {})
-      remove(lane, id, event.customer)
-      expired = expired + 1
-      if expired >= EXPIRED_AT_ONCE then break end
-    elseif event.delivery == 'at_most_once'
+    if event.delivery == 'at_most_once'
       and call('HEXISTS', P .. ':sent', lane .. ':' .. id) == 1 then
       -- Read as new, but marked as sent: Redis went back in time, or lost its group.
       bury(x, event, 'ambiguous', 'claimed_again', {})
       remove(lane, id, event.customer)
+    elseif now_ms > x.r + event.ttl then
+      bury(x, event, 'expired', 'ttl', {})
+      remove(lane, id, event.customer)
+      turn = its_turn  -- or a lane would lose its share to what is too old in it
+      expired = expired + 1
+      if expired >= EXPIRED_AT_ONCE then break end
     else
       give(lane, id, x, event)
       keep_pace(event.lane)
