@@ -19,6 +19,7 @@ FIRST_STEP_S = 0.5
 # A window as long as this is a plan's cycle: spending it at once would leave days
 # without a call. The rates of arrival look back a day.
 CYCLE_MS = 86_400_000
+HIGH_MARGIN = 1.1  # what the high lane will want may be more than it was
 LEAST_PACE = 0.02  # of what is left, for each lower lane: else nothing there expires
 
 
@@ -83,8 +84,9 @@ def _pace(facts: Facts, window: Spent) -> Pace | None:
     lasts_s = spare / sum(coming) if spare > 0 else 0.0
     supply = max(0.0, left - waiting[0] - sum(facts.retrying)) / ahead_s
     least = max(supply * LEAST_PACE, 1 / ahead_s)
-    normal = max(supply - coming[0], least)
-    low = max(supply - coming[0] - coming[1], least)
+    high = coming[0] * HIGH_MARGIN
+    normal = max(supply - high, least)
+    low = max(supply - high - coming[1], least)
     return Pace(
         # What a lane has never reached is no bound to be told of.
         normal_ms=math.ceil(1000 / normal) if normal < coming[1] else 0,
