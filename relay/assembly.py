@@ -20,7 +20,7 @@ import uvicorn
 from pydantic import SecretStr
 
 from relay.catalog import Catalog, CatalogError
-from relay.counters import time_of
+from relay.counters import stats, time_of
 from relay.digests import Digests
 from relay.errors import QueueUnavailable, RelayError, SettingsError
 from relay.forwarder import Forwarder
@@ -328,6 +328,7 @@ class Station:
                 signer=make_signer(self.settings),
                 token=self.settings.ops_token,
                 letters=self._letters,
+                stats=lambda: stats(self.queue),
             ),
             lifespan="off",
             access_log=False,

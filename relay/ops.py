@@ -1,4 +1,4 @@
-"""The ops listener: is it alive, can it take events, tokens, and dead letters.
+"""The ops listener: is it alive, can it take events, figures, tokens, dead letters.
 
 Never on the public port. `/healthz` and `/readyz` are open, since probes carry no
 secrets and get none. Everything else asks for `RELAY_OPS_TOKEN` where it is set;
@@ -16,7 +16,7 @@ from pydantic import SecretStr
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from relay import __version__
@@ -26,6 +26,7 @@ from relay.dead_letters import WrongField
 from relay.errors import QueueUnavailable
 from relay.letters_api import LettersApi, Refused
 from relay.limits import parse_duration
+from relay.metrics import exposition
 from relay.replay import NothingToResume, ReplayBusy
 from relay.signing import InvalidClaim, Signer
 
@@ -39,6 +40,7 @@ PROXIED = (
 )
 
 Check = Callable[[], Awaitable[str]]
+Stats = Callable[[], Awaitable[dict[str, object]]]  # as counters.stats gives them
 
 
 class TokenRequest(msgspec.Struct, forbid_unknown_fields=True):
@@ -57,6 +59,7 @@ def ops_app(
     signer: Signer | None = None,
     token: SecretStr | None = None,
     letters: LettersApi | None = None,
+    stats: Stats | None = None,
     clock: Callable[[], float] = time.time,
 ) -> Starlette:
     """The application; each check returns "ok…" or says what is wrong."""
@@ -75,6 +78,20 @@ def ops_app(
             {"status": "ready" if ready else "unready", "checks": said},
             200 if ready else 503,
         )
+
+    async def metrics(request: Request) -> Response:
+        refused = _refusal(request, token)
+        if refused is not None:
+            return refused
+        if stats is None:
+            return _problem(404, "path", "There are no metrics here.")
+        try:
+            async with looking:
+                shown = await stats()
+        except QueueUnavailable as error:
+            return _problem(503, error.reason, error.detail)
+        text, media_type = exposition(shown, request.headers.get("accept", ""))
+        return Response(text, headers={"Content-Type": media_type})
 
     async def tokens(request: Request) -> JSONResponse:
         refused = _refusal(request, token)
@@ -107,6 +124,7 @@ def ops_app(
         routes=[
             Route("/healthz", healthz),
             Route("/readyz", readyz),
+            Route("/metrics", metrics),
             Route("/tokens", tokens, methods=["POST"]),
             *_letter_routes(letters, token),
         ],
@@ -193,7 +211,7 @@ async def _elsewhere(_: Request, error: Exception) -> JSONResponse:
     status, headers = error.status_code, dict(error.headers or {})
     if status == 405:
         return _problem(405, "method", f"Use {headers.get('Allow')} here.", headers)
-    said = "There are /healthz, /readyz, POST /tokens and /dead-letters here."
+    said = "There are /healthz, /readyz, /metrics, POST /tokens and /dead-letters here."
     return _problem(status, "path", said, headers)
 
 

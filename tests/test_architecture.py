@@ -23,7 +23,7 @@ LAYERS = [
     {"settings"},  # above everything it configures: only the roots can read it
     {"values"},
     {"endpoints", "ops", "reload", "erasure", "snippet"},
-    {"counters", "letters_api"},
+    {"counters", "letters_api", "metrics"},
     {"replay"},
     {"dead_letters"},
     {"admission", "forwarder"},
@@ -53,6 +53,7 @@ PURE = {
     "grants",
     "judgement",
     "limits",
+    "metrics",
     "origins",
     "policy",
     "retry",

@@ -19,7 +19,8 @@ from uvicorn._types import ASGIApplication
 
 from relay import __version__
 from relay.errors import QueueUnavailable
-from relay.ops import MAX_BODY_BYTES, PROXIED, Check, ops_app
+from relay.ops import MAX_BODY_BYTES, PROXIED, Check, Stats, ops_app
+from relay.outcomes import Outcome
 from relay.signing import MAX_TTL_S, Identity, Signer
 from tests.programs import RELAY, running
 from tests.support import serve
@@ -499,3 +500,43 @@ def test_what_a_proxy_passes_on_gets_no_token(
         guarded_ops, {"source_id": "u1"}, **{name: "203.0.113.1"}, authorization=bearer
     )
     assert answer.status_code == 200
+
+
+# --- metrics --------------------------------------------------------------------------
+
+
+async def figures() -> dict[str, object]:
+    return {
+        "totals": {"received": 1, **dict.fromkeys(map(str, Outcome), 0)},
+        "gauges": {},
+        "plan": [],
+        "forecast": None,
+    }
+
+
+async def no_figures() -> dict[str, object]:
+    raise QueueUnavailable("redis_unreachable", "Redis cannot be reached.")
+
+
+async def test_metrics_are_for_whoever_may_ask_for_tokens() -> None:
+    token = SecretStr("a-long-enough-token")
+    app = cast("ASGIApplication", ops_app({}, token=token, stats=figures))
+    async with serve(app) as url, httpx.AsyncClient() as client:
+        refused = await client.get(f"{url}/metrics")
+        bearer = {"Authorization": f"Bearer {token.get_secret_value()}"}
+        told = await client.get(f"{url}/metrics", headers=bearer)
+    assert (refused.status_code, refused.json()["reason"]) == (401, "ops_token")
+    assert told.status_code == 200
+    assert told.headers["content-type"].startswith("text/plain; version=")
+    assert "relay_received_events_total 1.0" in told.text
+
+
+@pytest.mark.parametrize(("stats", "status"), [(None, 404), (no_figures, 503)])
+async def test_metrics_that_are_not_there_say_why(
+    stats: Stats | None, status: int
+) -> None:
+    app = cast("ASGIApplication", ops_app({}, stats=stats))
+    async with serve(app) as url, httpx.AsyncClient() as client:
+        answer = await client.get(f"{url}/metrics")
+    assert answer.status_code == status
+    assert answer.headers["content-type"] == "application/problem+json"
