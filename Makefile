@@ -5,7 +5,7 @@ BIN := .venv/bin
 RUN := .venv/.run-$(shell cat requirements/run.txt pyproject.toml | cksum | cut -d' ' -f1)
 DEV := .venv/.dev-$(shell cat requirements/dev.txt pyproject.toml | cksum | cut -d' ' -f1)
 
-.PHONY: demo test simulate check format snippet snippet-package snippet-table clean
+.PHONY: demo test simulate check format snippet snippet-package snippet-table crash-matrix clean
 
 demo: $(RUN)  ## the whole relay on this machine, with a fake Voucherify
 	@$(BIN)/python -m relay demo
@@ -34,6 +34,9 @@ snippet-package:  ## what npm gets, as a tarball in snippet/; needs Node 20
 
 snippet-table: $(DEV)  ## every way into a page with every way out, into docs/snippet.md
 	@EVERY_CELL=1 $(BIN)/pytest -rP tests/browser/test_snippet_exits.py -k "table or arrives"
+
+crash-matrix: $(DEV)  ## a death at every step of a delivery, into docs/delivery.md
+	@EVERY_CELL=1 $(BIN)/pytest -rP tests/integration/test_crash_matrix.py
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -89,6 +89,7 @@ class Stack:
     sandbox: Sandbox
     directory: Path
     environ: dict[str, str]
+    module: str = "relay"
     processes: list[Process] = field(default_factory=list)
 
     def start(self, *command: str, **settings: str) -> Process:
@@ -97,7 +98,7 @@ class Stack:
         own = {f"RELAY_{name.upper()}": value for name, value in settings.items()}
         with said.open("wb") as out:
             popen = subprocess.Popen(
-                [sys.executable, "-m", "relay", *command],
+                [sys.executable, "-m", self.module, *command],
                 env=self.environ | own,
                 stdout=out,
                 stderr=subprocess.STDOUT,
