@@ -12,6 +12,8 @@ Refusals of the edge are gathered and ride along, at the latest after half a sec
 import asyncio
 import contextlib
 from collections import Counter, deque
+from collections.abc import Callable
+from functools import partial
 from secrets import token_hex
 from typing import Protocol
 
@@ -34,6 +36,11 @@ MAX_REFUSAL_KINDS = 1_000
 log = structlog.get_logger()
 
 
+# Whoever waits for a result. Must not raise.
+Then = Callable[[Reply | Exception], None]
+Waiting = tuple[Request, Then]
+
+
 class Commits(Protocol):
     """The part of the queue that admission needs."""
 
@@ -48,7 +55,7 @@ class Admission:
     def __init__(self, queue: Commits, *, deadline_s: float = DEADLINE_S) -> None:
         self._queue = queue
         self._deadline_s = deadline_s
-        self._waiting: deque[tuple[Request, asyncio.Future[Reply]]] = deque()
+        self._waiting: deque[Waiting] = deque()
         self._waiting_events = self._waiting_bytes = 0
         self._refused: Counter[tuple[str, str, str]] = Counter()
         # A slot remembers its last reply in Redis, so each has one commit at a time.
@@ -97,6 +104,12 @@ class Admission:
         Raises `QueueUnavailable` at once while Redis is known to be away, and when
         more waits than can be taken in soon.
         """
+        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self.submit_then(request, partial(_settle, future))
+        return future
+
+    def submit_then(self, request: Request, then: Then) -> None:
+        """The same for who needs no future: `then` gets the result, or what failed."""
         loop = asyncio.get_running_loop()
         if self._open_until > loop.time():
             raise QueueUnavailable(
@@ -107,15 +120,13 @@ class Admission:
             or self._waiting_bytes > MAX_WAITING_BYTES
         ):
             raise QueueUnavailable("overloaded", "Too much at once: try again soon.")
-        future: asyncio.Future[Reply] = loop.create_future()
-        self._waiting.append((request, future))
+        self._waiting.append((request, then))
         self._waiting_events += len(request[1])
         self._waiting_bytes += _size(request)
         if not self._scheduled and self._slots:
             # At the end of this turn of the loop: what was read together goes together.
             self._scheduled = True
             loop.call_soon(self._flush)
-        return future
 
     def _flush(self, *, final: bool = False) -> None:
         self._scheduled = False
@@ -126,8 +137,8 @@ class Admission:
             self._running.add(task)
             task.add_done_callback(self._running.discard)
 
-    def _batch(self) -> list[tuple[Request, asyncio.Future[Reply]]]:
-        batch: list[tuple[Request, asyncio.Future[Reply]]] = []
+    def _batch(self) -> list[Waiting]:
+        batch: list[Waiting] = []
         events = size = 0
         while self._waiting:
             request = self._waiting[0][0]
@@ -142,24 +153,21 @@ class Admission:
         self._waiting_bytes -= size
         return batch
 
-    async def _commit(
-        self, slot: str, batch: list[tuple[Request, asyncio.Future[Reply]]]
-    ) -> None:
+    async def _commit(self, slot: str, batch: list[Waiting]) -> None:
         refused, self._refused = self._refused, Counter()
         try:
             replies = await self._insist(
                 slot, [request for request, _ in batch], refused
             )
             self._open_s = BREAKER_FIRST_S
-            for (_, future), reply in zip(batch, replies, strict=True):
-                if not future.done():  # its request may have been cancelled
-                    future.set_result(reply)
+            for (_, then), reply in zip(batch, replies, strict=True):
+                then(reply)
         except QueueUnavailable as error:
             self._fail(batch, error)
         except Exception as error:
             # A fault of the script or of ours: each request answers for itself.
-            for _, future in batch:
-                _set(future, error)
+            for _, then in batch:
+                then(error)
             self._refused.update(refused)  # written last, so certainly not counted
             log.exception("admission.failed")
         finally:
@@ -204,18 +212,14 @@ class Admission:
             await self._queue.commit(slot, seq, [], counts)
             del self._unsure[slot]
 
-    def _fail(
-        self,
-        batch: list[tuple[Request, asyncio.Future[Reply]]],
-        error: QueueUnavailable,
-    ) -> None:
+    def _fail(self, batch: list[Waiting], error: QueueUnavailable) -> None:
         """Redis stayed away: answer everyone who waits, and ask again in a while."""
         loop = asyncio.get_running_loop()
         again_in_s = self._open_s
         self._open_until = loop.time() + again_in_s
         self._open_s = min(2 * again_in_s, BREAKER_MAX_S)
-        for _, future in (*batch, *self._waiting):
-            _set(future, error)
+        for _, then in (*batch, *self._waiting):
+            then(error)
         self._waiting.clear()
         self._waiting_events = self._waiting_bytes = 0
         log.error("admission.unavailable", reason=error.reason, again_in_s=again_in_s)
@@ -233,6 +237,10 @@ def _size(request: Request) -> int:
     return sum(len(event[7]) for event in request[1])
 
 
-def _set(future: asyncio.Future[Reply], error: Exception) -> None:
-    if not future.done():
-        future.set_exception(error)
+def _settle(future: asyncio.Future[Reply], result: Reply | Exception) -> None:
+    if future.done():  # its request may have been cancelled
+        return
+    if isinstance(result, Reply):
+        future.set_result(result)
+    else:
+        future.set_exception(result)

@@ -59,6 +59,8 @@ class App:
             f"{prefix}/{SDK_PATH}": sdk,
             f"/{prefix}{SDK_PATH}": sdk,
         }
+        # By the URL as it comes, for what needs no look at it.
+        self.beacons = {path.encode(): track for path, track in self._routes.items()}
         self._rest = Starlette(
             routes=[
                 Route(f"{prefix}/{name}", self._script(script, pinned=name != NAME))

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Protocol
 
 import structlog
@@ -120,27 +121,116 @@ class Track:
             else:
                 response = await self._refuse(judged, scope, receive)
         except Exception:
-            # The top of the loop: our bug must not take the connection down unseen.
-            response = self._edge.failed(head)
-            request_id = dict(response.headers)[b"x-request-id"]
-            log.exception("track.failed", request_id=request_id.decode())
+            response = self._failed(head)
+        self._count(response)
+        await send(
+            {
+                "type": "http.response.start",
+                "status": response.status,
+                "headers": response.headers,
+            }
+        )
+        await send({"type": "http.response.body", "body": response.body})
+
+    # --- the short way ----------------------------------------------------------------
+
+    def take(
+        self,
+        headers: Iterable[tuple[bytes, bytes]],
+        peer: str | None,
+        body: bytes,
+        answer: Callable[[Response], None],
+    ) -> None:
+        """Take a POST whose body is at hand, and call `answer` once, now or later.
+
+        Without `Prefer: wait`, which takes the way through ASGI.
+        """
+        head: Head | None = None
+        try:
+            judged = self._edge.head("POST", headers, peer)
+            if isinstance(judged, Head):
+                head = judged
+                response = self._submit(head, body, answer)
+                if response is None:
+                    return
+            else:
+                response = judged
+        except Exception:
+            response = self._failed(head)
+        self._count(response)
+        answer(response)
+
+    def too_slow(
+        self, headers: Iterable[tuple[bytes, bytes]], peer: str | None
+    ) -> Response:
+        """The answer where the body does not come."""
+        judged = self._edge.head("POST", headers, peer)
+        response = self._edge.too_slow(judged) if isinstance(judged, Head) else judged
+        if _CLOSE not in response.headers:
+            response.headers.append(_CLOSE)
+        self._count(response)
+        return response
+
+    def _submit(
+        self, head: Head, body: bytes, answer: Callable[[Response], None]
+    ) -> Response | None:
+        """Have the events taken in; an answer at once, where there is one."""
+        if _over(len(body)):
+            return self._edge.too_large(head)
+        head.wait_s = 0
+        admitted = self._edge.body(head, body, now=self._clock())
+        if isinstance(admitted, Response):
+            return admitted
+        if self.draining:
+            return self._draining(admitted)
+        try:
+            self._admission.submit_then(
+                admitted.request, partial(self._taken, admitted, answer)
+            )
+        except QueueUnavailable as error:
+            return self._away(admitted, error)
+        return None
+
+    def _taken(
+        self,
+        admitted: Admitted,
+        answer: Callable[[Response], None],
+        result: Reply | Exception,
+    ) -> None:
+        try:
+            if isinstance(result, QueueUnavailable):
+                response = self._away(admitted, result)
+            elif isinstance(result, Exception):
+                raise result
+            else:
+                response = self._answer(
+                    admitted, [self._fate(*pair) for pair in _pairs(result)], result
+                )
+        except Exception:
+            response = self._failed(admitted.head)
+        self._count(response)
+        answer(response)
+
+    def _failed(self, head: Head | None) -> Response:
+        """Our bug, which must not take the connection down unseen."""
+        response = self._edge.failed(head)
+        request_id = dict(response.headers)[b"x-request-id"]
+        log.exception("track.failed", request_id=request_id.decode())
+        return response
+
+    def _count(self, response: Response) -> None:
+        """Have counted what a response stands for, and say how long it is."""
         for refusal in response.refusals:
             self._admission.refuse(*refusal)
         for note in response.notes:
             self._admission.note(note)
         for field, n in response.browser:
             self._admission.note_browser(field, n)
-        headers = response.headers
         if response.status != 204:  # which has no such field: RFC 9110, 8.6
-            headers.append((b"content-length", b"%d" % len(response.body)))
-        await send(
-            {
-                "type": "http.response.start",
-                "status": response.status,
-                "headers": headers,
-            }
-        )
-        await send({"type": "http.response.body", "body": response.body})
+            length = b"%d" % len(response.body)
+            response.headers.append((b"content-length", length))
+
+    # --- the way through ASGI ---------------------------------------------------------
 
     async def _read(self, head: Head, receive: Receive) -> bytes | Response | None:
         """The body, or the answer to one that is too large or too slow."""
@@ -205,9 +295,7 @@ class Track:
         if isinstance(admitted, Response):
             return admitted
         if self.draining:
-            return self._edge.unavailable(
-                admitted, "draining", "This relay is stopping: try again.", 1
-            )
+            return self._draining(admitted)
         try:
             if head.wait_s and self._may_wait(admitted):
                 reply, fates = await self._submit_and_wait(admitted)
@@ -216,13 +304,24 @@ class Track:
                 reply = await self._admission.submit(admitted.request)
                 fates = [self._fate(*pair) for pair in _pairs(reply)]
         except QueueUnavailable as error:
-            # Redis is away: 503 keeps the event with its sender, who repeats it
-            # under the same id; refusing for good would lose the sale.
-            return self._edge.unavailable(
-                admitted, error.reason, error.detail, error.retry_after
-            )
+            return self._away(admitted, error)
+        return self._answer(admitted, fates, reply)
+
+    def _answer(self, admitted: Admitted, fates: list[Fate], reply: Reply) -> Response:
         return self._edge.answer(
             admitted, fates, (reply.dimension, reply.remaining, reply.reset_us)
+        )
+
+    def _away(self, admitted: Admitted, error: QueueUnavailable) -> Response:
+        # 503 keeps the event with its sender, who repeats it under the same id;
+        # refusing for good would lose the sale.
+        return self._edge.unavailable(
+            admitted, error.reason, error.detail, error.retry_after
+        )
+
+    def _draining(self, admitted: Admitted) -> Response:
+        return self._edge.unavailable(
+            admitted, "draining", "This relay is stopping: try again.", 1
         )
 
     def _fate(self, code: int, wait_us: int) -> Fate:

@@ -36,6 +36,7 @@ from relay import forecast
 from relay.errors import QueueUnavailable, RelayError
 from relay.forecast import LANES, Facts
 from relay.limits import Limit, Window
+from relay.line import Line
 
 STALE_MS = 20_000  # no heartbeat for so long: dead; with the look-out below < 30 s
 DEATHS_MAX = 5  # an event that took so many forwarders with it is set aside
@@ -187,6 +188,13 @@ class Script:
             again = client.eval(self.source, 1, prefix, *cast("tuple[str, ...]", args))
             return await cast("Awaitable[object]", again)
 
+    async def on(self, line: Line, prefix: str, *args: str | bytes | int) -> object:
+        """The same over a line of its own."""
+        try:
+            return await line.call("EVALSHA", self.sha, 1, prefix, *args)
+        except broken.NoScriptError:
+            return await line.call("EVAL", self.source, 1, prefix, *args)
+
 
 class Scripts:
     """All scripts. A simulation hands in its own clock, as Lua for lib.lua."""
@@ -245,7 +253,7 @@ class Queue:
         self.rate = min((w.quota * 1000 / w.period_ms for w in budget), default=0.0)
         # Commits have connections of their own: a waiting forwarder or a dashboard
         # never stands before a beacon.
-        self._hot = connect(url, timeout=timeout, connections=3)
+        self._hot = Line(url, timeout=timeout)
         self._ops = connect(url, timeout=max(timeout, 2.0), connections=OPS_CONNECTIONS)
         # redis-py's pool raises at its limit, which would look like a Redis away.
         self._turns = asyncio.Semaphore(OPS_CONNECTIONS)
@@ -287,7 +295,7 @@ class Queue:
     ) -> list[Reply]:
         """Take requests in. Sending the same slot and number again is harmless."""
         with _translated():
-            said = await self._scripts.commit(
+            said = await self._scripts.commit.on(
                 self._hot,
                 self.prefix,
                 slot,

@@ -36,6 +36,7 @@ from relay.assembly import (
     ops_socket,
 )
 from relay.errors import RelayError
+from relay.protocol import BeaconProtocol
 from relay.reload import CatalogFile
 from relay.settings import Settings
 
@@ -76,6 +77,7 @@ def server_config(app: object) -> uvicorn.Config:
     """How uvicorn runs the edge: fast parsers, nothing it could get wrong for us."""
     return uvicorn.Config(
         app,  # type: ignore[arg-type]  # Starlette's types of ASGI, not uvicorn's
+        http=BeaconProtocol,
         # Ours: it would believe the header of any local peer.
         proxy_headers=False,
         server_header=False,

@@ -7,6 +7,7 @@ is deleted by the first script that runs later than that.
 
 from redis.asyncio import Redis
 
+from relay.line import Line
 from relay.queue import Script, Scripts
 
 START_MS = 1_800_000_000_000  # a Friday morning in 2027
@@ -87,3 +88,6 @@ class _Timed(Script):
 
     async def __call__(self, client: Redis, prefix: str, *args: object) -> object:
         return await super().__call__(client, prefix, *args, self._clock.server_us)
+
+    async def on(self, line: Line, prefix: str, *args: str | bytes | int) -> object:
+        return await super().on(line, prefix, *args, self._clock.server_us)
