@@ -102,6 +102,8 @@ class Catalog:
         rule = self.rules.get(name)
         if rule is not None or self.unlisted != "accept":
             return rule
+        if not self._alike:
+            return self.defaults
         return self._alike.get(_plain(name), self.defaults)
 
     @property

@@ -22,6 +22,7 @@ LAYERS = [
     {"assembly"},
     {"settings"},  # above everything it configures: only the roots can read it
     {"values"},
+    {"protocol"},
     {"endpoints", "ops", "reload", "erasure", "snippet"},
     {"counters", "letters_api", "metrics"},
     {"replay"},
@@ -29,7 +30,7 @@ LAYERS = [
     {"admission", "forwarder"},
     {"judgement"},
     {"queue", "voucherify", "embedded", "edge"},
-    {"forecast"},
+    {"forecast", "line"},
     {"oauth", "policy"},
     {"grants", "answers", "typescript"},
     {"catalog", "signing", "transport", "verdicts"},
