@@ -1,0 +1,91 @@
+"""The closed loop: wrk, one thread, as fast as the server answers.
+
+Its latencies are those of a full queue (connections divided by rate); what a page
+feels at a given rate is measured by generator.py instead.
+"""
+
+import json
+import os
+import re
+import secrets
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.machine import OTHER_CORE, PATH, pin_to
+from bench.processes import BenchError
+
+SCRIPT = Path(__file__).parent / "beacon.lua"
+BATCH = 20  # as in beacon.lua
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """What wrk saw in one run."""
+
+    requests: int
+    seconds: float
+    refused: int  # answers with another status than 2xx or 3xx
+    p50_ms: float
+    p99_ms: float
+    cpu_s: float  # of wrk itself
+
+    @property
+    def rate(self) -> float:
+        return self.requests / self.seconds
+
+
+def closed_loop(
+    url: str,
+    *,
+    kind: str = "json",
+    connections: int = 64,
+    seconds: float,
+    tokens: Path | None = None,
+) -> Load:
+    """Run wrk once. Raises `BenchError` on any broken connection or late answer."""
+    command = [
+        *("wrk", "-t1", f"-c{connections}", f"-d{seconds:g}s", "--timeout", "10s"),
+        *("-s", str(SCRIPT), url, "--"),
+        *(kind, secrets.token_hex(6), str(tokens or "-")),
+    ]
+    # A file, for nobody reads while it is waited for.
+    with tempfile.TemporaryFile() as output:
+        popen = subprocess.Popen(
+            command,
+            env=os.environ | {"PATH": PATH},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            preexec_fn=pin_to(OTHER_CORE),  # one thread here
+        )
+        _, status, used = os.wait4(popen.pid, 0)
+        popen.returncode = os.waitstatus_to_exitcode(status)
+        output.seek(0)
+        said = output.read().decode("utf-8", "replace")
+    if popen.returncode != 0:
+        msg = f"wrk ended with {popen.returncode}:\n{said}"
+        raise BenchError(msg)
+    return read_result(said, cpu_s=used.ru_utime + used.ru_stime)
+
+
+def read_result(said: str, *, cpu_s: float) -> Load:
+    """What the script's last line tells."""
+    match = re.search(r"^RESULT (\{.*\})$", said, re.MULTILINE)
+    if match is None:
+        msg = f"wrk told no result:\n{said}"
+        raise BenchError(msg)
+    told = json.loads(match[1])
+    broken = {k: told[k] for k in ("connect", "read", "write", "timeout") if told[k]}
+    if broken or not told["requests"]:
+        msg = f"wrk saw broken requests, or none: {broken}"
+        raise BenchError(msg)
+    return Load(
+        requests=told["requests"],
+        seconds=told["microseconds"] / 1e6,
+        refused=told["status"],
+        p50_ms=told["p50"] / 1000,
+        p99_ms=told["p99"] / 1000,
+        cpu_s=cpu_s,
+    )
