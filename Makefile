@@ -5,7 +5,8 @@ BIN := .venv/bin
 RUN := .venv/.run-$(shell cat requirements/run.txt pyproject.toml | cksum | cut -d' ' -f1)
 DEV := .venv/.dev-$(shell cat requirements/dev.txt pyproject.toml | cksum | cut -d' ' -f1)
 
-.PHONY: demo test simulate check format snippet snippet-package snippet-table crash-matrix clean
+.PHONY: demo test simulate check format bench bench-quick bench-peers snippet snippet-package
+.PHONY: snippet-table crash-matrix clean
 
 demo: $(RUN)  ## the whole relay on this machine, with a fake Voucherify
 	@$(BIN)/python -m relay demo
@@ -26,6 +27,16 @@ format: $(DEV)
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
+bench: $(DEV) bench-peers  ## everything beside its floors and peers, into docs/performance.md: an hour
+	@$(BIN)/python -m bench $(ARGS)
+
+bench-quick: $(DEV) bench-peers  ## the same in some minutes, which checks the harness and writes nothing
+	@$(BIN)/python -m bench --quick $(ARGS)
+
+bench-peers: $(DEV)
+	@bench/install
+	@$(BIN)/python -m bench.peers
+
 snippet:  ## build relay/static/relay.js from snippet/; needs Node 20
 	@cd snippet && npm ci --silent && npm run --silent build && npm run --silent check && npm test --silent
 
@@ -40,7 +51,7 @@ crash-matrix: $(DEV)  ## a death at every step of a delivery, into docs/delivery
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	rm -rf tests/*/node_modules tests/recipes/dist snippet/node_modules snippet/dist
+	rm -rf tests/*/node_modules tests/recipes/dist bench/peers/*/node_modules bench/results .cache/bench snippet/node_modules snippet/dist
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -8,8 +8,11 @@ import argparse
 import sys
 from datetime import UTC, datetime
 
+from bench.accept import JSON
 from bench.machine import CORES, describe, load_average
 from bench.processes import BenchError
+from bench.profile import profile
+from bench.report import write_report
 from bench.results import Record, keep
 from bench.sections import SECTIONS
 
@@ -24,22 +27,31 @@ def main() -> None:
     """Run what the command line names."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
-        "sections", nargs="*", help=f"of {', '.join(SECTIONS)}; default: all"
+        "sections",
+        nargs="*",
+        help=f"of {', '.join(SECTIONS)}; default: all. Or `report`: write what is "
+        "kept; or `profile`: where the relay's time goes",
     )
     parser.add_argument("--only", action="append", default=[], metavar="SECTION")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=4.0, help="of one run")
+    parser.add_argument("--seconds", type=int, default=4, help="of one run")
     parser.add_argument(
         "--quick", action="store_true", help="one short round: checks the harness"
     )
     asked = parser.parse_args()
+    if asked.sections == ["profile"]:
+        profile(JSON, seconds=asked.seconds, say=say)
+        return
+    if asked.sections == ["report"]:
+        say(f"docs/performance.md: {', '.join(write_report())}")
+        return
     sections = [*asked.sections, *asked.only] or list(SECTIONS)
     for name in sections:
         if name not in SECTIONS:
             parser.error(f"no section {name}: {', '.join(SECTIONS)}")
     if len(CORES) < 2:
         say("One core only: the server shares it with its load, and ratios mislead.")
-    rounds, seconds = (1, 1.0) if asked.quick else (asked.rounds, asked.seconds)
+    rounds, seconds = (1, 1) if asked.quick else (asked.rounds, asked.seconds)
     for name in sections:
         load_before = load_average()
         say(f"--- {name} (load of the machine {load_before:.2f})")
@@ -60,6 +72,8 @@ def main() -> None:
                 rows=rows,
             )
         )
+    if not asked.quick:
+        write_report()
 
 
 if __name__ == "__main__":

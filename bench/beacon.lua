@@ -1,6 +1,6 @@
 -- What wrk sends: beacons as the snippet makes them, each of its own id.
 --
--- Arguments after `--`: kind, nonce of the run, file of tokens or "-".
+-- Arguments after `--`: kind, nonce of the run, first person, file of tokens or "-".
 -- Kinds  json       one event, application/json
 --        text       one event, text/plain: what a page sends without a preflight
 --        token      one event with a signed token, each of another customer
@@ -9,17 +9,17 @@
 --        limited    one event, always from the same address and customer
 --
 -- Addresses and customers go round in a cycle so long that no limit refuses, for each
--- of them is checked: 200,000 at 120 and 60 a minute are far above any rate here.
-local PEOPLE = 200000
+-- of them is checked: a million at 120 and 60 a minute are far above any rate here.
+local PEOPLE = 1000000
 local BATCH = 20
 
-local kind, nonce, tokens, n = 'json', '', {}, 0
-local head, event_a, event_b, event_c
+local kind, nonce, first, tokens, n = 'json', '', 0, {}, 0
+local head
 
 function init(args)
-  kind, nonce = args[1], args[2]
-  if args[3] and args[3] ~= '-' then
-    for line in io.lines(args[3]) do tokens[#tokens + 1] = line end
+  kind, nonce, first = args[1], args[2], tonumber(args[3])
+  if args[4] ~= '-' then
+    for line in io.lines(args[4]) do tokens[#tokens + 1] = line end
   end
   local origin = kind == 'bad_origin' and 'https://elsewhere.example' or 'https://shop.example'
   local content = kind == 'text' and 'text/plain;charset=UTF-8' or 'application/json'
@@ -41,20 +41,21 @@ local function event(customer)
 end
 
 function request()
-  local person = kind == 'limited' and 1 or n % PEOPLE
+  local person = 1
+  if kind == 'batch' then
+    person = (first + n / BATCH) % PEOPLE  -- another for each request, not each event
+  elseif kind ~= 'limited' then
+    person = (first + n) % PEOPLE
+  end
   local address = '10.' .. math.floor(person / 65536) .. '.'
     .. math.floor(person / 256) % 256 .. '.' .. person % 256
   local body
   if kind == 'batch' then
-    -- Another person for each request, not for each event of it.
-    person = n / BATCH % PEOPLE
-    address = '10.' .. math.floor(person / 65536) .. '.'
-      .. math.floor(person / 256) % 256 .. '.' .. person % 256
     local events = {}
     for i = 1, BATCH do events[i] = event('shopper-' .. person) .. '}' end
     body = '{"events":[' .. table.concat(events, ',') .. ']}'
   elseif kind == 'token' then
-    local token = tokens[n % #tokens + 1]
+    local token = tokens[(first + n) % #tokens + 1]
     n = n + 1
     body = '{"event":"cart_abandoned","id":"' .. nonce .. '-' .. string.format('%010d', n)
       .. '","token":"' .. token

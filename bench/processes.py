@@ -3,16 +3,19 @@
 Each is stopped by its own process id, and only by that.
 """
 
+import json
 import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
-from bench.machine import PATH, pin_to
+from bench.machine import PATH, ROOT, pin_to
 
 READY_WITHIN_S = 30.0
 STOP_WITHIN_S = 20.0
@@ -114,6 +117,26 @@ def running(
     finally:
         program.stop()
         shutil.rmtree(place, ignore_errors=True)
+
+
+def result_of(
+    module: str, *arguments: str, core: int, within: float = 300.0
+) -> dict[str, float]:
+    """Run `python -m bench.<module>` on a core, and read the JSON it prints."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"bench.{module}", *arguments],
+        env={"PATH": PATH, "PYTHONPATH": str(ROOT), "HOME": str(ROOT)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=within,
+        preexec_fn=pin_to(core),
+    )
+    if done.returncode != 0:
+        msg = f"bench.{module} ended with {done.returncode}:\n{done.stderr}"
+        raise BenchError(msg)
+    return cast("dict[str, float]", json.loads(done.stdout or "{}"))
 
 
 def free_port() -> int:

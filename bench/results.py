@@ -75,10 +75,10 @@ class Record:
 
 
 def keep(record: Record) -> None:
-    """Write a run, and keep the one before it for comparison."""
+    """Write a run, and keep the one before it for comparison; a quick one apart."""
     PLACE.mkdir(exist_ok=True)
-    path = PLACE / f"{record.section}.json"
-    if path.exists():
+    path = PLACE / f"{record.section}{'.quick' if record.quick else ''}.json"
+    if path.exists() and not record.quick:
         path.replace(PLACE / f"{record.section}.before.json")
     told = {name: getattr(record, name) for name in record.__dataclass_fields__}
     path.write_text(json.dumps(told, indent=1) + "\n")

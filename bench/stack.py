@@ -119,6 +119,12 @@ class Store:
         told = cast("dict[str, int]", self._client.info("memory"))
         return told["used_memory"]
 
+    def bytes_of_queue(self) -> int:
+        """Bytes of the lanes themselves; ids, marks and counters are others."""
+        lanes = (f"{{relay}}:q:{lane}" for lane in ("high", "normal", "low"))
+        found = (self._client.memory_usage(lane, samples=0) for lane in lanes)
+        return sum(int(n or 0) for n in found)
+
     def flush(self) -> None:
         """Empty it, file included."""
         self._client.flushall()
@@ -134,12 +140,17 @@ def redis_server(
         raise BenchError("needs redis-server (Debian: apt install redis-server)")
     place = WORK / f"redis-{token_hex(4)}"
     port = free_port()
-    command = [
+    command = redis_command(binary, port, place, fsync)
+    with running(command, core=core, place=place, port=port) as program:
+        yield Store(program, port)
+
+
+def redis_command(binary: str, port: int, place: Path, fsync: str) -> list[str]:
+    """A Redis as the relay runs its own, but for the address."""
+    return [
         *(binary, "--port", str(port), "--bind", "127.0.0.1", "--dir", str(place)),
         *("--appendonly", "yes", "--appendfsync", fsync, "--save", ""),
     ]
-    with running(command, core=core, place=place, port=port) as program:
-        yield Store(program, port)
 
 
 class Upstream:
@@ -195,18 +206,23 @@ def relay(
         [PYTHON, "-m", "relay", command, *options],
         core=core,
         place=WORK / f"relay-{token_hex(4)}",
-        env=env | (changes or {}) | {"PYTHONPATH": str(ROOT)},
+        env=env | dict(changes or {}) | {"PYTHONPATH": str(ROOT)},
         port=port if command == "serve" else ops_port,
     ) as program:
         yield Served(program=program, url=f"http://127.0.0.1:{port}/track")
 
 
 @contextmanager
-def floor(*options: str, core: int | None = SERVER_CORE) -> Iterator[Served]:
+def floor(*, workers: int = 1, core: int | None = SERVER_CORE) -> Iterator[Served]:
     """The bare uvicorn application."""
     port = free_port()
+    command = [PYTHON, "-m", "bench.floors", str(port)]
+    if workers > 1:
+        command = [PYTHON, "-m", "uvicorn", "bench.floors:app", "--port", str(port)]
+        command += ["--workers", str(workers), "--backlog", "2048", "--ws", "none"]
+        command += ["--no-access-log", "--no-server-header", "--no-proxy-headers"]
     with running(
-        [PYTHON, "-m", "bench.floors", str(port), *options],
+        command,
         core=core,
         place=WORK / f"floor-{token_hex(4)}",
         env={"PYTHONPATH": str(ROOT)},

@@ -182,9 +182,16 @@ def test_no_file_names_a_machine_or_a_package_host() -> None:
     assert found == {}
 
 
-@pytest.mark.parametrize("name", ["run.txt", "dev.txt"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "requirements/run.txt",
+        "requirements/dev.txt",
+        "bench/peers/starlette/requirements.txt",
+    ],
+)
 def test_every_locked_requirement_has_a_hash(name: str) -> None:
-    joined = read(f"requirements/{name}").replace("\\\n", " ")
+    joined = read(name).replace("\\\n", " ")
     lines = [line for line in joined.splitlines() if not re.match(r"\s*(#|$)", line)]
     for line in lines:
         assert re.match(
@@ -193,7 +200,13 @@ def test_every_locked_requirement_has_a_hash(name: str) -> None:
     assert len(lines) > 20
 
 
-@pytest.mark.parametrize("place", ["snippet", "tests/recipes", "tests/sdk"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        *("snippet", "tests/recipes", "tests/sdk"),
+        *("bench/peers/express", "bench/peers/fastify"),
+    ],
+)
 def test_every_locked_npm_package_has_a_hash_and_no_address(place: str) -> None:
     packages = json.loads(read(f"{place}/package-lock.json"))["packages"]
     locked = [package for name, package in packages.items() if name]

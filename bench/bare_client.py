@@ -1,0 +1,47 @@
+"""The floor of delivery: the relay's own transport with nothing around it.
+
+    python -m bench.bare_client URL CALLS CONCURRENCY
+
+The same connections, timeouts and headers as the forwarder; no queue, no budget.
+"""
+
+import asyncio
+import sys
+
+import httpx
+import uvloop
+
+from bench.beacons import body
+from relay.transport import Reply, Transport
+
+
+async def send(url: str, calls: int, concurrency: int) -> None:
+    """Make that many calls. Raises when one fails."""
+    transport = Transport(max_connections=concurrency)
+    target = httpx.URL(f"{url}/client/v1/events")
+    headers = {
+        "Content-Type": "application/json",
+        "Accept": "application/json",
+        "X-Client-Application-Id": "sandbox-application",
+        "X-Client-Token": "sandbox-token",
+        "origin": "shop.example",
+    }
+    rest = iter(range(calls))
+
+    async def some() -> None:
+        for n in rest:
+            said = await transport.post(target, headers, body(n, nonce="bare"))
+            assert isinstance(said, Reply), said
+            assert said.status == 200, said
+
+    await asyncio.gather(*(some() for _ in range(concurrency)))
+    await transport.aclose()
+
+
+def main() -> None:
+    """Send what the command line says."""
+    uvloop.run(send(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""What grows with the queue: rate, memory of the relay, memory of Redis."""
+
+import time
+
+from bench.accept import RATIOS, SETTLE_S, WARM_UP_S, Say
+from bench.load import closed_loop
+from bench.machine import SERVER_CORE
+from bench.processes import BenchError, result_of
+from bench.results import Rows, Sample, add, against
+from bench.stack import Served, Store, floor, redis_server, relay, upstream
+
+# Not to the million at which the relay takes no more: the run itself needs room.
+DEPTHS = (1_000, 10_000, 100_000, 900_000)
+FULL = 1_000_000  # the default of RELAY_QUEUE_MAX
+BATCH = 128  # events in a commit, as admission has it at most
+
+
+def depth(*, rounds: int, seconds: int, quick: bool, say: Say) -> Rows:
+    """Accept at each depth of the queue, and memory, up to a million that wait."""
+    rows: Rows = {}
+    with redis_server() as store, upstream() as above, floor() as bare:
+        for wanted in DEPTHS[:2] if quick else DEPTHS:
+            _fill_to(store, wanted)
+            with relay(store, above.url) as served:
+                _load(bare, WARM_UP_S)
+                _load(served, WARM_UP_S)
+                for n in range(rounds):
+                    order = (bare, served) if n % 2 else (served, bare)
+                    found = {run.url: _load(run, seconds) for run in order}
+                    time.sleep(SETTLE_S)
+                    sample = dict(against(found[served.url], found[bare.url], RATIOS))
+                    sample["relay_mb"] = max(served.program.rss_mb())
+                    add(rows, f"{wanted:,} waiting", sample)
+                say(
+                    f"{wanted:9,} waiting  {sample['events_per_s']:8,.0f}/s  "
+                    f"x {sample['ratio']:.3f}  relay {sample['relay_mb']:.0f} MB"
+                )
+            store.counts()  # raises if it does not add up
+    add(rows, f"{FULL:,} waiting", _memory(20_000 if quick else FULL, say))
+    return rows
+
+
+def _load(served: Served, seconds: int) -> Sample:
+    began = served.program.cpu_s()
+    load = closed_loop(served.url, seconds=seconds)
+    used = served.program.cpu_s() - began
+    if load.refused:
+        msg = f"{load.refused} of {load.requests} were refused"
+        raise BenchError(msg)
+    return {
+        "events_per_s": load.rate,
+        "p99_ms": load.p99_ms,
+        "server_us_per_event": used / load.requests * 1e6,
+    }
+
+
+def _fill_to(store: Store, wanted: int) -> None:
+    missing = wanted - store.counts().waiting
+    if missing > 0:
+        told = result_of("fill", store.url, str(missing), str(BATCH), core=SERVER_CORE)
+        if told["taken"] != missing:
+            msg = f"{missing} events to fill in, Redis took {told['taken']}"
+            raise BenchError(msg)
+
+
+def _memory(events: int, say: Say) -> Sample:
+    """What a full queue takes: in Redis for each event, and in an idle relay."""
+    with redis_server() as store, upstream() as above:
+        with relay(store, above.url) as served:
+            closed_loop(served.url, seconds=WARM_UP_S)  # what every process grows to
+            before_mb = max(served.program.rss_mb())
+        store.flush()
+        empty = store.memory()
+        _fill_to(store, events)
+        taken = store.memory() - empty
+        streams = store.bytes_of_queue()
+        with relay(store, above.url) as served:
+            time.sleep(5.0)  # it looks at the queue, writes gauges, delivers a little
+            idle_mb = max(served.program.rss_mb())
+        counts = store.counts()
+    say(
+        f"{counts.waiting:,} wait: {taken / events:.0f} bytes each in Redis, "
+        f"{streams / events:.0f} of them the queue's; relay {idle_mb:.0f} MB, "
+        f"after load on an empty queue {before_mb:.0f} MB"
+    )
+    return {
+        "redis_bytes_per_event": taken / events,
+        "queue_bytes_per_event": streams / events,
+        "relay_idle_mb": idle_mb,
+        "relay_loaded_mb": before_mb,
+    }
+
+
+def ceiling(*, rounds: int, quick: bool, say: Say) -> Rows:
+    """Redis' own limit for the commit script: its processor time for each event."""
+    rows: Rows = {}
+    events = 5_000 if quick else 60_000
+    for _ in range(rounds):
+        for fsync in ("everysec", "always"):
+            for batch in (1, 8, 32, 128):
+                with redis_server(fsync=fsync) as store:
+                    n = events // 4 if batch == 1 else events
+                    began = store.program.cpu_s()
+                    told = result_of(
+                        *("fill", store.url, str(n), str(batch)), core=SERVER_CORE
+                    )
+                    used = store.program.cpu_s() - began
+                    if told["taken"] != n or store.counts().waiting != n:
+                        msg = f"{n} events committed, Redis took {told}"
+                        raise BenchError(msg)
+                name = f"{fsync}, {batch} a commit"
+                sample = {
+                    "events_per_s": n / told["seconds"],
+                    "redis_us_per_event": used / n * 1e6,
+                    "ceiling_per_s": n / used,
+                }
+                add(rows, name, sample)
+                say(
+                    f"{name:24} {sample['redis_us_per_event']:6.1f} us of Redis/event: "
+                    f"{sample['ceiling_per_s']:8,.0f}/s at most, "
+                    f"{sample['events_per_s']:8,.0f}/s seen"
+                )
+    return rows
