@@ -26,8 +26,13 @@ def depth(*, rounds: int, seconds: int, quick: bool, say: Say) -> Rows:
                 _load(served, WARM_UP_S)
                 for n in range(rounds):
                     order = (bare, served) if n % 2 else (served, bare)
+                    before = store.counts().received
                     found = {run.url: _load(run, seconds) for run in order}
                     time.sleep(SETTLE_S)
+                    seen = store.counts().received - before
+                    if not 0 <= seen - found[served.url]["requests"] <= 64:
+                        msg = f"{found[served.url]}, but Redis counted {seen}"
+                        raise BenchError(msg)
                     sample = dict(against(found[served.url], found[bare.url], RATIOS))
                     sample["relay_mb"] = max(served.program.rss_mb())
                     add(rows, f"{wanted:,} waiting", sample)
@@ -35,7 +40,6 @@ def depth(*, rounds: int, seconds: int, quick: bool, say: Say) -> Rows:
                     f"{wanted:9,} waiting  {sample['events_per_s']:8,.0f}/s  "
                     f"x {sample['ratio']:.3f}  relay {sample['relay_mb']:.0f} MB"
                 )
-            store.counts()  # raises if it does not add up
     add(rows, f"{FULL:,} waiting", _memory(20_000 if quick else FULL, say))
     return rows
 
@@ -48,6 +52,7 @@ def _load(served: Served, seconds: int) -> Sample:
         msg = f"{load.refused} of {load.requests} were refused"
         raise BenchError(msg)
     return {
+        "requests": load.requests,
         "events_per_s": load.rate,
         "p99_ms": load.p99_ms,
         "server_us_per_event": used / load.requests * 1e6,

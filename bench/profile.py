@@ -1,6 +1,8 @@
 """Where the relay's time goes under load: py-spy's samples, summed by function.
 
-Not part of a measured run: py-spy stops the process for each sample.
+Not part of a measured run: py-spy stops the process for each sample. What it finds
+leans towards system calls, where a stop takes hold first; `perf` on the same process
+says how much of the time the kernel really has.
 """
 
 import shutil
@@ -20,6 +22,8 @@ from bench.stack import SIGNING_KEY, redis_server, relay, token_file, upstream
 
 SAMPLES_A_SECOND = 400
 SHOWN = 40
+# A thread of the pool that waits for work: py-spy takes it for a busy one.
+IDLE = "_worker (concurrent/futures/thread.py"
 
 
 def profile(variant: Variant, *, seconds: int, say: Callable[[str], None]) -> None:
@@ -82,6 +86,8 @@ def summed(text: str) -> tuple[Counter[str], Counter[str], int]:
         stack, _, samples = line.rpartition(" ")
         # The line within a function would tell calls of one function apart.
         frames = [frame.rpartition(":")[0] + ")" for frame in stack.split(";")]
+        if any(frame.startswith(IDLE) for frame in frames):
+            continue
         n = int(samples)
         total += n
         alone[frames[-1]] += n

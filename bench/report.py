@@ -31,6 +31,10 @@ def hundredth(value: float) -> str:
     return f"{value:.2f}"
 
 
+def percent(value: float) -> str:
+    return f"{value:.0%}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Column:
     """One figure of a section, as the table shows it."""
@@ -50,8 +54,14 @@ CLOSED = [
     SERVER,
     Column(title="Redis µs", figure="redis_us_per_event", number=tenth),
     Column(title="load µs", figure="load_us_per_event", number=tenth),
+    Column(title="server core", figure="server_busy", number=percent),
+    Column(title="other core", figure="other_busy", number=percent),
 ]
-PROXIES = [*CLOSED[:-1], Column(title="upstream µs", figure="upstream_us_per_event")]
+PROXIES = [
+    *CLOSED[:-3],
+    Column(title="upstream µs", figure="upstream_us_per_event", number=tenth),
+    *CLOSED[-3:],
+]
 COLUMNS: dict[str, list[Column]] = {
     "accept": CLOSED,
     "connections": CLOSED,

@@ -47,8 +47,7 @@ def add(rows: Rows, name: str, sample: Sample) -> None:
 def against(sample: Sample, floor: Sample, figures: Mapping[str, str]) -> Sample:
     """Add ratios to the floor of the same round, for the minutes differ too much.
 
-    `figures` names them: ratio to figure. A ratio of costs is turned over, so that
-    more is better.
+    `figures` names them: ratio to figure.
     """
     told = dict(sample)
     for ratio, figure in figures.items():
