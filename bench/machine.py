@@ -77,6 +77,17 @@ def program_version(program: str) -> str:
     return match[1] if match else "?"
 
 
+def busy_s() -> float:
+    """Processor time of all cores that was not idle, since the machine started."""
+    total = 0
+    for line in Path("/proc/stat").read_text().splitlines():
+        name, *spent = line.split()
+        if name.startswith("cpu") and name[3:].isdigit() and int(name[3:]) in CORES:
+            # user nice system idle iowait irq softirq steal: proc(5)
+            total += sum(map(int, spent[:3])) + sum(map(int, spent[5:8]))
+    return total / os.sysconf("SC_CLK_TCK")
+
+
 def load_average() -> float:
     """Of the last minute: what else the machine was busy with before a run."""
     return os.getloadavg()[0]
