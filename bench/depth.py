@@ -24,6 +24,7 @@ def depth(*, rounds: int, seconds: int, quick: bool, say: Say) -> Rows:
             with relay(store, above.url) as served:
                 _load(bare, WARM_UP_S)
                 _load(served, WARM_UP_S)
+                time.sleep(SETTLE_S)
                 for n in range(rounds):
                     order = (bare, served) if n % 2 else (served, bare)
                     before = store.counts().received

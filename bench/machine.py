@@ -53,7 +53,7 @@ def describe() -> dict[str, str]:
         "processor": model[1] if model else platform.processor(),
         "cores": str(len(CORES)),
         "memory": f"{int(memory[1]) / 1024 / 1024:.0f} GiB" if memory else "?",
-        "kernel": platform.release(),
+        "kernel": platform.release().partition("-")[0],
         "virtual": "yes" if "hypervisor" in cpuinfo else "no",
         "Python": platform.python_version(),
     }
