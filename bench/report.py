@@ -231,7 +231,8 @@ GOALS = [
 
 def write_report() -> list[str]:
     """Renew the document and the picture; gives the sections that were written."""
-    records = {name: record for name in COLUMNS if (record := kept(name))}
+    found = {name: kept(name) for name in COLUMNS}
+    records = {n: record for n, record in found.items() if record and not record.quick}
     text = DOCUMENT.read_text("utf-8")
     DOCUMENT.write_text(fill_in(text, parts(records)), "utf-8")
     if (picture := draw(records)) is not None:
