@@ -267,7 +267,7 @@ def test_what_waits_and_what_leaves_is_told(settings: Settings) -> None:
             "customer=60/1m burst 30: charged to the customer",
             "site=20000/1m burst 5000: charged to the whole shop",
         ],
-        "coalesce": "one in 10m of this customer",
+        "coalesce": "one in 10m of this customer: the last one",
         "event_limit": "3 in 1d of this customer",
     }
     assert one["upstream"]["url"] == "https://api.voucherify.io/client/v1/events"

@@ -23,7 +23,7 @@ _QUOTED = r'"(?:[^"\\\x00-\x1f\u2028\u2029]|\\["\\/bfnrt]|\\u[0-9a-f]{4})*"'
 _LINES = [
     r"",
     r"// [^\u2028\u2029]*",
-    r"\s*/\*\* [\w ().,-]*(?:`toISOString\(\)`[\w ().,-]*)?\*/",
+    r"\s*/\*\* [\w ().,:-]*(?:`toISOString\(\)`[\w ().,:-]*)?\*/",
     r"export interface Relay\w+ \{",
     r" *\};?",
     rf"  {_QUOTED}: \{{",
@@ -75,8 +75,8 @@ referral = false
 metadata = { a = "string", b = "number", c = "boolean", d = "date", e = "any" }
 """) == (
         """\
-  /** Priority low. Needs a token. At most 3 a customer in 1d. One a customer in 90s. \
-Expires after 2h. */
+  /** Priority low. Needs a token. At most 3 a customer in 1d. One a customer in 90s: \
+the last one. Expires after 2h. */
   "x": {
     customer?: Pick<RelayCustomer, "source_id" | "email">;
     loyalty?: RelayLoyalty;
