@@ -38,6 +38,9 @@ MAX_LINE = 4_000
 MAX_NAME = 300  # of `event` ("Track Custom Event (client-side)")
 MAX_COALESCE_S = 30 * 86_400
 
+# What a property may be listed as that the relay sets to a time.
+TIME_TYPES = ("datetime", "string", "any")
+
 # Every key that there is, as messages and docs/catalog.md show it. `unlisted` is for
 # [defaults] alone.
 EXAMPLES = {
@@ -52,6 +55,7 @@ EXAMPLES = {
     "loyalty": "loyalty = true",
     "referral": "referral = false",
     "metadata": 'metadata = { plan = "string", seats = "number" }',
+    "occurred_at": 'occurred_at = "signed_up_at"',
 }
 EVENT_KEYS = tuple(key for key in EXAMPLES if key != "unlisted")
 
@@ -75,6 +79,7 @@ class Rule:
     loyalty: bool | None = None  # True: anyone may, False: nobody, None: not said
     referral: bool | None = None
     metadata: Mapping[str, str] | None = None  # name to type; None: anything
+    occurred_at: str | None = None  # the property that says when it happened
     place: str  # for messages: "events.cart_abandoned" or "defaults"
 
 
@@ -178,6 +183,7 @@ def metadata_fault(
     """Give reason and detail when an event's metadata is not as the rule says.
 
     A listed name may be absent or null: whether it is needed is Voucherify's to say.
+    What the relay sets itself is no matter, for nothing of it is passed on.
     """
     if rule.metadata is None:
         return None
@@ -190,6 +196,8 @@ def metadata_fault(
             said = f"must be {_TYPE_WORDS[kind]}"
             reason = "metadata_type"
         else:
+            continue
+        if name == rule.occurred_at:
             continue
         path = _dotted(("metadata", name))
         return reason, f"{path} {said} (catalogue: {rule.place}.metadata)."
@@ -370,6 +378,7 @@ def _rule(name: str | None, table: _Table, max_ttl_s: int) -> Rule:
         loyalty=table.take("loyalty", _flag, None),
         referral=table.take("referral", _flag, None),
         metadata=table.take("metadata", lambda v: _metadata(v, table), None),
+        occurred_at=table.take("occurred_at", _property, None),
         place=_dotted(table.path),
     )
     _check_together(rule, table)
@@ -390,6 +399,13 @@ def _check_together(rule: Rule, table: _Table) -> None:
             "what waits for the end of this time would expire before: "
             "make it shorter than ttl",
             "coalesce",
+        )
+    kind = (rule.metadata or {}).get(rule.occurred_at or "", "any")
+    if kind not in TIME_TYPES:
+        table.fault(
+            f"metadata lists this name as {kind}, and a time is none: list it as "
+            "datetime, or leave it out there",
+            "occurred_at",
         )
     paying = [key for key in ("loyalty", "referral") if getattr(rule, key)]
     if not paying:
@@ -481,6 +497,14 @@ def _metadata(value: object, table: _Table) -> dict[str, str] | None:
         except ValueError as error:
             table.fault(f"{error}. Example: {EXAMPLES['metadata']}", "metadata", name)
     return types
+
+
+def _property(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"must be a name in quotes, not {_shown(value)}")
+    if not value:
+        raise ValueError("must be the name of a property, not empty")
+    return value
 
 
 # --- words ----------------------------------------------------------------------------

@@ -310,7 +310,7 @@ class Edge:
             ruling.lane,
             ruling.delivery,
             ruling.ttl_ms,
-            upstream_body(event, who).decode(),
+            upstream_body(event, who, ruling.own).decode(),
             ruling.special,
         )
 

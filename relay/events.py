@@ -13,8 +13,9 @@ Pure: bytes in, values out. Numbers keep their kind and every digit.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import date
+from datetime import date, datetime, timedelta
 from typing import Annotated
 
 import msgspec
@@ -25,8 +26,12 @@ from relay.outcomes import Outcome
 MAX_EVENTS = 100  # in one body
 MAX_METADATA_KEYS = 100  # Voucherify allows 100 definitions a schema ("Limits")
 MAX_DEPTH = 8  # levels of an event, the event itself being the first
+# Of `age`. An event that a page has kept for longer is nobody's news, and a clock that
+# was set meanwhile may say anything.
+MAX_AGE_MS = 30 * 86_400_000
 
 Metadata = dict[str, object]
+_UNSAID = Raw()
 
 
 class Address(Struct, forbid_unknown_fields=True, omit_defaults=True):
@@ -70,7 +75,7 @@ class Loyalty(Struct, forbid_unknown_fields=True, omit_defaults=True):
 
 
 class Event(Struct, forbid_unknown_fields=True, omit_defaults=True):
-    """One event as a sender writes it, `id` and `token` being for the relay only."""
+    """One event as a sender writes it; `id`, `token` and `age` stay with the relay."""
 
     event: Annotated[str, Meta(min_length=1, max_length=300)]
     customer: Customer | None = None  # a token may name it instead
@@ -79,6 +84,7 @@ class Event(Struct, forbid_unknown_fields=True, omit_defaults=True):
     metadata: Metadata | None = None
     id: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}\Z")] | None = None
     token: str | None = None
+    age: Raw = _UNSAID  # any number, read by `age_ms`
 
 
 class Upstream(Struct, omit_defaults=True):
@@ -173,6 +179,8 @@ def read_event(raw: Raw | bytes) -> Event:
         customer is not None and customer.metadata is not None
     ):
         _check_metadata(event)
+    if event.age is not _UNSAID:
+        age_ms(event)
     return event
 
 
@@ -195,10 +203,49 @@ def identified(event: Event) -> Customer:
     return customer
 
 
-def upstream_body(event: Event, customer: Customer) -> bytes:
-    """The JSON that Voucherify gets: no relay keys, no nulls, types unchanged."""
+def age_ms(event: Event) -> int:
+    """How old it was when it was sent, by the sender's clock. Raises `Invalid`.
+
+    No clock costs an event: whatever number it says is brought within bounds.
+    """
+    said = bytes(event.age)
+    if said in (b"", b"null"):
+        return 0
+    try:
+        age = float(said)  # of a number of any size, as the decoder would not
+    except ValueError:
+        raise _named(
+            event,
+            "age_invalid",
+            "age must be a number: the milliseconds from the event to this request. "
+            "Correct it, or leave it out.",
+        ) from None
+    return int(min(max(age, 0), MAX_AGE_MS))
+
+
+def occurred_at(event: Event, received_at: float) -> str:
+    """When it happened, on the relay's clock: ISO 8601, UTC, with milliseconds."""
+    ms = int(received_at * 1000) - age_ms(event)
+    # Not fromtimestamp: a float of seconds has no whole milliseconds.
+    happened = _EPOCH + timedelta(milliseconds=ms)
+    return f"{happened.isoformat(timespec='milliseconds')}Z"
+
+
+_EPOCH = datetime(1970, 1, 1)  # of UTC, which is written as Z
+
+
+def upstream_body(
+    event: Event, customer: Customer, own: Mapping[str, object] | None = None
+) -> bytes:
+    """The JSON that Voucherify gets: no relay keys, no nulls, types unchanged.
+
+    `own` is what the relay says in the metadata, in the place of the sender's words.
+    """
+    metadata = event.metadata
+    if own:  # the event itself stays as it was sent: an answer may repeat it
+        metadata = {**(metadata or {}), **own}
     return _encode(
-        Upstream(event.event, customer, event.referral, event.loyalty, event.metadata)
+        Upstream(event.event, customer, event.referral, event.loyalty, metadata)
     )
 
 

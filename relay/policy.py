@@ -8,14 +8,14 @@ as `would_refuse:<rule>` and lets the event through as if it had no token.
 Pure: the time is an argument. Limits and uses are counted at admission.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
 from msgspec.structs import fields
 
-from relay.catalog import EMPTY, Catalog, Rule, metadata_fault
-from relay.events import Customer, Event, Refused, identified
+from relay.catalog import EMPTY, Catalog, Rule, metadata_fault, quoted
+from relay.events import Customer, Event, Refused, identified, occurred_at
 from relay.outcomes import Outcome
 from relay.signing import LEEWAY_S, Identity, Signer, TokenRefused
 
@@ -49,6 +49,7 @@ class Ruling:
     ttl_ms: int
     special: Special | None
     signed: bool  # a token names the customer
+    own: Mapping[str, str] | None = None  # metadata that the relay sets itself
 
 
 class Policy:
@@ -105,6 +106,9 @@ class Policy:
             if say is not None:
                 few = self._restricted and identity is None
                 say("fields", "as an anonymous sender may" if few else "allowed")
+            own = None
+            if rule.occurred_at is not None:
+                own = self._own_metadata(event, sender, rule, now, say)
         except Refused as refused:
             refused.name, refused.id = event.event, event.id
             raise
@@ -116,6 +120,7 @@ class Policy:
             delivery=rule.delivery or ("at_most_once" if paying else "at_least_once"),
             ttl_ms=self._ttl_ms if rule.ttl_s is None else rule.ttl_s * 1000,
             signed=identity is not None,
+            own=own,
             special=_special(
                 event,
                 rule,
@@ -244,6 +249,27 @@ class Policy:
         fault = metadata_fault(rule, event.metadata)
         if fault is not None:
             raise _forbidden(*fault)
+
+    def _own_metadata(
+        self,
+        event: Event,
+        sender: Sender,
+        rule: Rule,
+        now: float,
+        say: Callable[[str, str], None] | None,
+    ) -> dict[str, str]:
+        """What the relay itself says in the metadata, by the name of the property."""
+        own: dict[str, str] = {}
+        if sender.gpc and self._gpc == "strip":
+            if say is not None:
+                say("own metadata", "left out: the privacy signal takes all metadata")
+            return own
+        if (name := rule.occurred_at) is not None:
+            own[name] = occurred_at(event, now)
+            if say is not None:
+                came = f"{quoted(name)} in metadata is {own[name]}"
+                say("occurred_at", f"{came} ({rule.place}.occurred_at)")
+        return own
 
 
 def _check_token(identity: Identity, event: Event, sender: Sender) -> None:

@@ -135,11 +135,14 @@ def _allowed(name: str, allowed: bool | None) -> str:
 
 
 def _metadata(rule: Rule) -> list[str]:
-    if not rule.metadata:
-        whole = _ANYTHING if rule.metadata is None else _NOTHING
-        return [f"  metadata?: {whole};"]
+    if rule.metadata is None:
+        return [f"  metadata?: {_ANYTHING};"]
+    # What the relay sets itself would be overwritten.
+    types = {k: v for k, v in rule.metadata.items() if k != rule.occurred_at}
+    if not types:
+        return [f"  metadata?: {_NOTHING};"]
     lines = ["  metadata?: {"]
-    for name, kind in rule.metadata.items():
+    for name, kind in types.items():
         if hint := _HINTS.get(kind):
             lines.append(f"    /** {hint} */")
         lines.append(f"    {quoted(name)}?: {_METADATA[kind]};")

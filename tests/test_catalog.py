@@ -20,6 +20,7 @@ from relay.catalog import (
     MAX_CHARS,
     MAX_LINE,
     METADATA_TYPES,
+    TIME_TYPES,
     TOKEN_RULES,
     UNLISTED,
     Catalog,
@@ -175,6 +176,8 @@ def test_the_order_is_that_of_the_file() -> None:
         ('metadata = "any"', "metadata", None),
         ("metadata = {}", "metadata", {}),
         ('metadata = { "" = "any" }', "metadata", {"": "any"}),
+        ('occurred_at = "at"', "occurred_at", "at"),
+        ('occurred_at = "a b\\n"', "occurred_at", "a b\n"),
     ],
 )
 def test_a_value_is_read(body: str, key: str, value: object) -> None:
@@ -216,6 +219,9 @@ def test_a_byte_order_mark_and_windows_lines_do_not_matter() -> None:
         ('customer = ["source_id", "!"]', "there are id, source_id, name,"),
         ('loyalty = "yes"', 'must be true or false, not "yes"'),
         ("referral = 1", "must be true or false, not a number"),
+        ("occurred_at = true", "must be a name in quotes, not true"),
+        ('occurred_at = ["at"]', "must be a name in quotes, not a list"),
+        ('occurred_at = ""', "must be the name of a property, not empty"),
         ("metadata = 3", 'must be a table of types, or "any", not a number'),
         ('metadata = "all"', 'must be a table of types, or "any", not "all"'),
     ],
@@ -537,6 +543,51 @@ def test_without_a_list_any_metadata_passes() -> None:
     assert metadata_fault(rule("metadata = {}"), {}) is None
 
 
+# --- the property that the relay sets ------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", METADATA_TYPES)
+def test_a_listed_property_must_be_one_that_a_time_fits(kind: str) -> None:
+    text = (
+        f'[events.x]\npriority = "low"\noccurred_at = "a b"\n'
+        f'[events.x.metadata]\n"a b" = "{kind}"\n'
+    )
+    if kind in TIME_TYPES:
+        assert parse(text).rules["x"].occurred_at == "a b"
+        return
+    assert faults(text) == [
+        f"line 3: events.x.occurred_at: metadata lists this name as {kind}, and a time "
+        "is none: list it as datetime, or leave it out there"
+    ]
+
+
+@pytest.mark.parametrize(
+    "body", ["", "metadata = {}", 'metadata = "any"', 'metadata = { at = "string" }']
+)
+def test_the_property_need_not_be_listed(body: str) -> None:
+    written = parse(f'[defaults]\noccurred_at = "happened"\n{body}')
+    assert written.defaults.occurred_at == "happened"
+    assert written.warnings == ()
+
+
+def test_a_listed_event_inherits_no_property() -> None:
+    written = parse('[defaults]\noccurred_at = "at"\n[events.x]\n')
+    assert written.rules["x"].occurred_at is None
+
+
+@pytest.mark.parametrize("value", ["then", 5, None, {}, "2030-01-31T09:00:00Z"])
+@pytest.mark.parametrize("listed", ["", 'at = "datetime", '])
+def test_what_will_be_overwritten_is_no_fault(value: object, listed: str) -> None:
+    own = rule(f'occurred_at = "at"\nmetadata = {{ {listed}n = "number" }}')
+    assert metadata_fault(own, {"at": value, "n": 1}) is None
+    found = metadata_fault(own, {"at": value, "n": "1"})
+    assert found is not None
+    assert found[0] == "metadata_type"
+    found = metadata_fault(own, {"at": value, "At": 1})
+    assert found is not None
+    assert found[0] == "metadata_field"
+
+
 # --- words ----------------------------------------------------------------------------
 
 
@@ -604,6 +655,7 @@ def test_the_table_of_keys_tells_the_defaults() -> None:
     assert (told["ttl"], told["token"]) == (["RELAY_TTL"], ["RELAY_TOKENS"])
     for key in ("coalesce", "delivery", "limit", "customer", "loyalty", "referral"):
         assert told[key] == []
+    assert told["occurred_at"] == []
 
 
 @pytest.mark.parametrize("key", EVENT_KEYS)

@@ -12,7 +12,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from relay.addresses import TrustedProxies
-from relay.answers import Beacons, Header, Response
+from relay.answers import Beacons, Dialect, Header, Official, Response
+from relay.catalog import EMPTY, Catalog, parse_catalog
 from relay.digests import Digests
 from relay.edge import (
     MAX_BODY_BYTES,
@@ -47,14 +48,16 @@ def make(
     allow_no_origin: bool = False,
     disabled: bool = False,
     signer: Signer | None = None,
+    catalog: Catalog = EMPTY,
+    dialect: Dialect | None = None,
 ) -> Edge:
     return Edge(
-        dialect=Beacons(disabled=disabled),
+        dialect=dialect or Beacons(disabled=disabled),
         origins=AllowedOrigins(origins),
         proxies=TrustedProxies(proxies),
         limits=parse_limits(limits),
         digests=Digests(b"k"),
-        policy=Policy(ttl_ms=1000, signer=signer),
+        policy=Policy(ttl_ms=1000, signer=signer, catalog=catalog),
         allow_no_origin=allow_no_origin,
     )
 
@@ -865,3 +868,57 @@ def test_a_stranger_is_not_the_customer_whom_a_token_names() -> None:
     assert stranger[2] != named[2]
     # The same to every relay with the key, and to the command that erases.
     assert named[2] == Digests(b"k").customer(source_id="a", signed=True)
+
+
+# --- when it happened -----------------------------------------------------------------
+
+DATED = parse_catalog('[events.e]\noccurred_at = "at"\n', max_ttl_s=86_400)
+
+
+@pytest.mark.parametrize("dialect", [Beacons(), Official()], ids=["track", "sdk"])
+def test_the_time_of_receipt_is_the_one_that_is_handed_in(dialect: Dialect) -> None:
+    edge = make(catalog=DATED, dialect=dialect)
+    body = json.dumps(EVENT | {"age": 1_000, "metadata": {"at": "mine", "n": 1}})
+    for now, at in (
+        (0.0, "1969-12-31T23:59:59.000Z"),
+        (2.5, "1970-01-01T00:00:01.500Z"),
+    ):
+        head = accepted((b"content-type", b"application/json"), edge=edge)
+        admission = edge.body(head, body.encode(), now=now)
+        assert isinstance(admission, Admitted)
+        [queued] = admission.events
+        sent = EVENT | {"metadata": {"at": at, "n": 1}}
+        assert json.loads(queued[7]) == sent
+        # And who asks is told what it said itself, on the route that repeats it.
+        response = edge.answer(admission, [Fate(status="queued")], None)
+        told = json.loads(response.body)
+        assert at not in response.body.decode()
+        assert told.get("metadata", {"at": "mine", "n": 1}) == {"at": "mine", "n": 1}
+
+
+def test_the_official_clients_need_no_age() -> None:
+    edge = make(catalog=DATED, dialect=Official())
+    only = admitted(EVENT, (b"content-type", b"application/json"), edge=edge)
+    assert json.loads(only.events[0][7])["metadata"] == {
+        "at": "1970-01-01T00:00:00.000Z"
+    }
+
+
+def test_each_event_of_a_batch_has_its_own_age_and_a_faulty_one_costs_no_other() -> (
+    None
+):
+    ages: list[object] = [0, 2_000, "2000", None, -5, 1_000.9]
+    body = [EVENT | {"id": f"id-{n}", "age": age} for n, age in enumerate(ages)]
+    batch = admitted(body, edge=make(catalog=DATED))
+    assert {
+        event[0]: json.loads(event[7])["metadata"]["at"] for event in batch.events
+    } == {
+        "id-0": "1970-01-01T00:00:00.000Z",
+        "id-1": "1969-12-31T23:59:58.000Z",
+        "id-3": "1970-01-01T00:00:00.000Z",
+        "id-4": "1970-01-01T00:00:00.000Z",
+        "id-5": "1969-12-31T23:59:59.000Z",
+    }
+    assert {at: (r.reason, r.id) for at, r in batch.refused.items()} == {
+        2: ("age_invalid", "id-2")
+    }

@@ -1,16 +1,21 @@
 """What a sender may say: the published schema, with the field and the rule told."""
 
 import json
+import re
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from relay.events import (
+    MAX_AGE_MS,
     MAX_EVENTS,
     Event,
     Invalid,
+    age_ms,
     identified,
+    occurred_at,
     read_body,
     read_event,
     upstream_body,
@@ -261,12 +266,14 @@ def test_what_voucherify_would_refuse_is_refused_with_field_and_rule(
 
 
 def test_null_for_an_optional_part_counts_as_absent() -> None:  # vector 19
-    body = event(referral=None, loyalty=None, metadata=None, id=None, token=None)
+    body = event(
+        referral=None, loyalty=None, metadata=None, id=None, token=None, age=None
+    )
     assert forwarded(body) == event()
 
 
 def test_the_relays_own_keys_stay_with_the_relay() -> None:
-    assert forwarded(event(id="x-1", token="t")) == event()
+    assert forwarded(event(id="x-1", token="t", age=1_500)) == event()
 
 
 def test_eight_levels_are_allowed() -> None:
@@ -354,7 +361,10 @@ JSON = st.recursive(
 @given(
     st.dictionaries(
         st.sampled_from(
-            ["event", "customer", "referral", "loyalty", "metadata", "id", "token"]
+            [
+                *("event", "customer", "referral", "loyalty", "metadata", "id"),
+                *("token", "age"),
+            ]
         )
         | st.text(max_size=3),
         JSON | st.fixed_dictionaries({"source_id": st.text(max_size=3)}),
@@ -390,3 +400,143 @@ def test_half_an_emoji_costs_no_other_event(said: str, read: str) -> None:
     body = f'{{"events":[{both}]}}'
     events = [read_event(raw) for raw in read_body(body.encode()).events]
     assert [event.metadata for event in events] == [{"t": "plain"}, {"t": read}]
+
+
+# --- age ------------------------------------------------------------------------------
+
+RECEIVED = 1_800_000_000.25  # 2027-01-15T08:00:00.250Z
+
+
+def aged(age: str) -> Event:
+    """An event with an age, as it stands in the JSON."""
+    return read_event(
+        f'{{"event":"e","id":"x-1","customer":{{"source_id":"a"}},"age":{age}}}'.encode()
+    )
+
+
+@pytest.mark.parametrize(
+    ("age", "ms"),
+    [
+        ("0", 0),
+        ("null", 0),
+        ("1500", 1_500),
+        ("1.5e3", 1_500),
+        ("1500.999", 1_500),
+        ("0.999", 0),
+        ("-0", 0),
+        ("-0.5", 0),
+        ("-1", 0),
+        ("-86400000", 0),
+        (f"{MAX_AGE_MS}", MAX_AGE_MS),
+        (f"{MAX_AGE_MS + 1}", MAX_AGE_MS),
+        (f"{MAX_AGE_MS}.5", MAX_AGE_MS),
+        ("1e999", MAX_AGE_MS),
+        ("-1e999", 0),
+        ("9" * 6_000, MAX_AGE_MS),
+        ("-" + "9" * 6_000, 0),
+        ("1e-999", 0),
+    ],
+    ids=lambda part: str(part)[:12],
+)
+def test_no_clock_costs_an_event(age: str, ms: int) -> None:
+    assert age_ms(aged(age)) == ms
+
+
+def test_without_an_age_it_happened_when_it_was_received() -> None:
+    [only] = read_all(json.dumps(event()).encode())
+    assert age_ms(only) == 0
+    assert occurred_at(only, RECEIVED) == "2027-01-15T08:00:00.250Z"
+
+
+@pytest.mark.parametrize(
+    "age",
+    [
+        *('"1500"', '""', '"null"', '"nan"', '"1e3"', "true", "false"),
+        *("[]", "[1500]", "{}", '{"ms":1}'),
+    ],
+)
+def test_an_age_that_is_no_number_is_told_with_its_cure(age: str) -> None:
+    with pytest.raises(Invalid) as caught:
+        aged(age)
+    invalid = caught.value
+    assert (invalid.reason, invalid.name, invalid.id) == ("age_invalid", "e", "x-1")
+    assert invalid.detail == (
+        "age must be a number: the milliseconds from the event to this request. "
+        "Correct it, or leave it out."
+    )
+
+
+@pytest.mark.parametrize("age", ["NaN", "Infinity", "01", "1.", "+1", "1_000", "0x1"])
+def test_what_json_has_no_number_for_is_no_json(age: str) -> None:
+    with pytest.raises(Invalid) as caught:
+        aged(age)
+    assert caught.value.reason == "malformed_json"
+
+
+@pytest.mark.parametrize(
+    ("age", "at"),
+    [
+        (0, "2027-01-15T08:00:00.250Z"),
+        (1, "2027-01-15T08:00:00.249Z"),
+        (250, "2027-01-15T08:00:00.000Z"),
+        (251, "2027-01-15T07:59:59.999Z"),
+        (-1, "2027-01-15T08:00:00.250Z"),
+        (86_400_000, "2027-01-14T08:00:00.250Z"),
+        (MAX_AGE_MS * 2, "2026-12-16T08:00:00.250Z"),
+    ],
+)
+def test_the_time_is_that_of_receipt_less_the_age(age: int, at: str) -> None:
+    assert occurred_at(aged(str(age)), RECEIVED) == at
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False) | st.integers(), st.data())
+def test_the_time_is_whole_and_never_later_than_receipt(
+    age: float, data: st.DataObject
+) -> None:
+    received = data.draw(st.floats(0, 4e9))
+    at = occurred_at(aged(json.dumps(age)), received)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", at)
+    read = datetime.fromisoformat(at)
+    epoch = datetime(1970, 1, 1, tzinfo=UTC)
+    ms = int(received * 1000) - int(min(max(age, 0), MAX_AGE_MS))
+    assert read == epoch + timedelta(milliseconds=ms)
+    assert (read - epoch).total_seconds() <= received
+
+
+# --- what the relay says itself -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sent", "said"),
+    [
+        (None, {"at": "now"}),
+        ({}, {"at": "now"}),
+        ({"n": 1}, {"n": 1, "at": "now"}),
+        ({"at": "yesterday", "n": 1}, {"at": "now", "n": 1}),
+        ({"at": None}, {"at": "now"}),
+    ],
+    ids=["absent", "empty", "beside", "overwritten", "null"],
+)
+def test_what_the_relay_says_wins_and_the_event_stays_as_sent(
+    sent: dict[str, object] | None, said: dict[str, object]
+) -> None:
+    [only] = read_all(json.dumps(event(metadata=sent)).encode())
+    body = upstream_body(only, identified(only), {"at": "now"})
+    assert json.loads(body)["metadata"] == said
+    assert body.count(b'"at"') == 1
+    assert only.metadata == sent
+
+
+def test_what_the_relay_says_does_not_count_against_the_sender() -> None:
+    most = {str(n): n for n in range(100)}
+    [only] = read_all(json.dumps(event(metadata=most)).encode())
+    body = upstream_body(only, identified(only), {"at": "now"})
+    assert json.loads(body)["metadata"] == most | {"at": "now"}
+
+
+@pytest.mark.parametrize("own", [None, {}])
+def test_where_the_relay_says_nothing_no_metadata_is_made(
+    own: dict[str, object] | None,
+) -> None:
+    [only] = read_all(json.dumps(event()).encode())
+    assert json.loads(upstream_body(only, identified(only), own)) == event()

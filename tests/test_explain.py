@@ -52,6 +52,9 @@ customer = ["source_id"]
 metadata = { n = "number" }
 [events.paid]
 token = "required"
+[events.dated]
+occurred_at = "at"
+metadata = { n = "number" }
 """
 NOW = 1_800_000_000.0
 
@@ -73,6 +76,8 @@ BODIES: dict[str, object] = {
     "batch": {"events": [event(), event("few"), event("no"), {"event": 7}, event("")]},
     "array": [event("paid"), event(loyalty={"code": "C"})],
     "all-refused": [event("paid"), event("no"), {}],
+    "dated": event("dated", age=1_500, metadata={"n": 1, "at": "never"}),
+    "age": event("dated", age="1500"),
     "unlisted": event("no"),
     "field": event("few", customer={"source_id": "u1", "email": "a@b.example"}),
     "metadata": event("few", metadata={"n": "1"}),
@@ -180,8 +185,9 @@ odd = st.recursive(
 )
 likely = st.builds(
     event,
-    st.sampled_from(["plain", "few", "paid", "no", ""]),
+    st.sampled_from(["plain", "few", "paid", "dated", "no", ""]),
     metadata=st.none() | odd | st.just({"n": 1}),
+    age=st.none() | st.just(1_500) | odd,
     id=st.none() | st.just("x-1") | odd,
     token=st.none() | st.just("") | st.just("a.b.c"),
 )
@@ -272,6 +278,26 @@ def test_what_waits_and_what_leaves_is_told(settings: Settings) -> None:
     }
     assert one["upstream"]["url"] == "https://api.voucherify.io/client/v1/events"
     assert one["upstream"]["body"] == event("few", metadata={"n": 1})
+
+
+def test_what_the_relay_says_itself_is_told_with_its_rule(settings: Settings) -> None:
+    told = explain(settings, raw(BODIES["dated"]), REQUESTS["page"], now=NOW)
+    [one] = msgspec.to_builtins(told["events"])
+    at = "2027-01-15T07:59:58.500Z"
+    assert one["steps"][-1] == {
+        "rule": "occurred_at",
+        "verdict": "passes",
+        "detail": f'"at" in metadata is {at} (events.dated.occurred_at)',
+    }
+    assert one["upstream"]["body"] == event("dated", metadata={"n": 1, "at": at})
+    assert f'  ok      occurred_at    "at" in metadata is {at}' in "\n".join(
+        lines(told)
+    )
+    stripping = settings.model_copy(update={"gpc": "strip"})
+    told = explain(stripping, raw(BODIES["dated"]), REQUESTS["gpc"], now=NOW)
+    [one] = msgspec.to_builtins(told["events"])
+    assert "own metadata" in [step["rule"] for step in one["steps"]]
+    assert one["upstream"]["body"] == event("dated")
 
 
 def test_a_token_is_read_and_its_uses_are_told(settings: Settings) -> None:

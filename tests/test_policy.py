@@ -786,6 +786,106 @@ def test_events_are_told_apart_by_a_digest_of_their_name() -> None:
     assert all(re.fullmatch(r"[0-9a-f]{18}", digest) for digest in made)
 
 
+# --- the property that says when it happened --------------------------------------
+
+AT, LATER = "2027-01-15T08:00:00.000Z", "2027-01-15T07:59:58.500Z"
+
+
+def own(
+    rules: Catalog,
+    what: Event | None = None,
+    who: Sender | None = None,
+    *,
+    gpc: str = "ignore",
+) -> object:
+    """What the relay says itself, as Voucherify gets it; None for no metadata."""
+    what = what or event()
+    ruling = passed(policy(rules=rules, gpc=gpc), what, who)
+    body = upstream_body(what, ruling.customer, ruling.own)
+    assert b"age" not in body
+    return json.loads(body).get("metadata")
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["token", "anonymous"])
+@pytest.mark.parametrize(
+    ("name", "rule", "top"),
+    [
+        ("e", 'occurred_at = "at"', ""),
+        ("E ", 'occurred_at = "at"', ""),
+        ("f", "", 'occurred_at = "at"'),
+    ],
+    ids=["listed", "like-a-listed-one", "not-listed"],
+)
+def test_the_relay_says_when_it_happened(
+    name: str, rule: str, top: str, known: bool
+) -> None:
+    rules = catalog(rule, top=top)
+    cases: list[tuple[dict[str, object], object]] = [
+        ({}, {"at": AT}),
+        ({"age": 1_500}, {"at": LATER}),
+        ({"age": 1_500, "metadata": {"n": 1}}, {"n": 1, "at": LATER}),
+        ({"metadata": {"at": "never"}}, {"at": AT}),
+    ]
+    for parts, said in cases:
+        what = event(name, **parts)
+        assert own(rules, what, sender(token() if known else None)) == said
+
+
+@pytest.mark.parametrize("rule", ["", 'metadata = { at = "datetime" }'])
+def test_without_the_rule_nothing_is_said_and_the_age_goes_no_further(
+    rule: str,
+) -> None:
+    rules = catalog(rule, top='occurred_at = "at"')
+    assert own(rules, event(age=1_500)) is None
+    what = event(age=1_500, metadata={"at": LATER})
+    assert own(rules, what) == {"at": LATER}
+    assert passed(policy(rules=rules), event(age=1_500)).own is None
+
+
+def test_what_a_page_says_in_its_place_is_not_looked_at() -> None:
+    rules = catalog('occurred_at = "at"\nmetadata = { n = "number" }')
+    values: list[object] = ["never", 5, None, [{}]]
+    for said in values:
+        assert own(rules, event(metadata={"at": said, "n": 1})) == {"at": AT, "n": 1}
+    for metadata, reason in (
+        ({"x": 1}, "metadata_field"),
+        ({"n": ""}, "metadata_type"),
+    ):
+        what = event(metadata={"at": "never", **metadata})
+        assert verdict(policy(rules=rules), what) == forbidden(reason)
+
+
+@pytest.mark.parametrize("gpc", ["ignore", "strip"])
+@pytest.mark.parametrize("signal", [True, False])
+def test_where_metadata_is_stripped_the_time_is_left_out_too(
+    gpc: str, signal: bool
+) -> None:
+    rules = catalog('occurred_at = "at"')
+    what = event(age=1_500, metadata={"n": 1})
+    stripped = signal and gpc == "strip"
+    said = own(rules, what, sender(gpc=signal), gpc=gpc)
+    assert said == (None if stripped else {"n": 1, "at": LATER})
+
+
+@pytest.mark.parametrize(
+    ("gpc", "said"),
+    [
+        ("ignore", f'occurred_at: "at" in metadata is {LATER} (events.e.occurred_at)'),
+        ("strip", "own metadata: left out: the privacy signal takes all metadata"),
+    ],
+)
+def test_what_the_relay_says_itself_is_told_with_its_rule(gpc: str, said: str) -> None:
+    told: list[str] = []
+    rules = policy(rules=catalog('occurred_at = "at"'), gpc=gpc)
+    rules.judge(
+        event(age=1_500),
+        sender(gpc=True),
+        now=NOW,
+        say=lambda rule, came: told.append(f"{rule}: {came}"),
+    )
+    assert told[-1] == said
+
+
 # --- what people are told ---------------------------------------------------------
 
 

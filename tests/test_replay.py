@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from relay.dead_letters import drop, survey
 from relay.errors import QueueUnavailable
+from relay.events import identified, occurred_at, read_event, upstream_body
 from relay.queue import Claimed, Letters, Queue
 from relay.replay import (
     CANARY,
@@ -148,6 +149,26 @@ async def test_a_letter_goes_back_to_its_lane_as_a_new_event(bench: Bench) -> No
     assert again[-1].id.startswith("order-1-r")
     assert again[-1].id.count("-r") == 1
     assert again[-1].id != new.id
+
+
+async def test_a_letter_keeps_the_time_at_which_it_happened(bench: Bench) -> None:
+    said = read_event(b'{"event":"e","customer":{"source_id":"u1"},"age":1500}')
+    at = occurred_at(said, bench.clock.us / 1e6)
+    body = upstream_body(said, identified(said), {"at": at}).decode()
+    await bury(bench, 1, body=body)
+    await bench.clock.pass_ms(60_000)
+    running = await begun(bench)
+    again: list[Claimed] = []
+
+    async def deliver(claimed: list[Claimed]) -> None:
+        again.extend(claimed)
+        await bench.settle(*(result(c, "delivered") for c in claimed))
+
+    await go(bench, running, deliver)
+    [new] = again
+    assert new.received_ms == bench.clock.us // 1000  # received anew
+    assert json.loads(new.body)["metadata"] == {"at": "2027-01-15T07:59:58.500Z"}
+    assert new.body == body
 
 
 async def test_a_new_id_is_as_short_as_ids_must_be(bench: Bench) -> None:

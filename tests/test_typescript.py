@@ -111,6 +111,26 @@ def test_nothing_is_not_written_as_an_object_that_takes_everything() -> None:
     assert event(text).count("Record<string, never>") == 2
 
 
+@pytest.mark.parametrize(
+    ("metadata", "offered"),
+    [
+        ('{ at = "datetime", n = "number" }', ['"n"?: number;']),
+        ('{ n = "number" }', ['"n"?: number;']),
+        ('{ at = "datetime" }', ["metadata?: Record<string, never>;"]),
+        ('"any"', ["metadata?: Record<string, unknown>;"]),
+    ],
+)
+def test_what_the_relay_sets_itself_is_not_offered(
+    metadata: str, offered: list[str]
+) -> None:
+    written = event(f"[events.x]\noccurred_at = 'at'\nmetadata = {metadata}")
+    assert '"at"' not in written
+    assert [line.strip() for line in written.splitlines()[5:-1]] in (
+        offered,
+        ["metadata?: {", *offered, "};"],
+    )
+
+
 def test_a_rule_on_trial_is_not_told_for_it_refuses_nobody() -> None:
     text = "[events.x]\ntoken = 'dry_run'\nlimit = '1/1d dry_run'"
     assert event(text).startswith("  /** Priority normal. */")
