@@ -345,14 +345,16 @@ def _judge_stats(settings: Settings, shown: Mapping[str, object]) -> Iterator[Fi
             "arrived; nobody sends them again.",
             cure="relay dead-letters list says why, and what to do.",
         )
-    eta_s = gauges["eta_s"]
-    if isinstance(eta_s, int | float) and eta_s > settings.ttl:
+    rate = gauges["budget_per_s"]
+    waiting = (gauges["queued"] or 0) + (gauges["delayed"] or 0)
+    # Not eta_s, which ends where what waits has expired.
+    if rate and waiting / rate > settings.ttl:
         yield Finding(
             level="fault",
             code="backlog_expires",
             about="queue",
-            detail=f"What waits takes {eta_s / 3600:.0f} h at the budget, and expires "
-            f"after {span(settings.ttl)} (RELAY_TTL).",
+            detail=f"What waits takes {waiting / rate / 3600:.0f} h at the budget, and "
+            f"expires after {span(settings.ttl)} (RELAY_TTL).",
             cure="Raise RELAY_UPSTREAM_BUDGET if Voucherify allows it, or send less.",
         )
     forecast = shown["forecast"]
