@@ -94,7 +94,7 @@ class Track:
         self._admission = admission
         self._outcomes = outcomes
         self._limits = tuple(limits)
-        self._body_timeout_s = body_timeout_s
+        self.body_timeout_s = body_timeout_s
         self._max_waiters = max_waiters
         self._clock = clock
         self._waiters = 0
@@ -235,7 +235,7 @@ class Track:
     async def _read(self, head: Head, receive: Receive) -> bytes | Response | None:
         """The body, or the answer to one that is too large or too slow."""
         try:
-            async with asyncio.timeout(self._body_timeout_s):
+            async with asyncio.timeout(self.body_timeout_s):
                 message = await receive()
                 if message["type"] != "http.request":
                     return None
@@ -282,7 +282,7 @@ class Track:
     async def _discard(self, receive: Receive, size: int) -> bool:
         """Read on without keeping anything; whether the body came to its end."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._body_timeout_s):
+            async with asyncio.timeout(self.body_timeout_s):
                 while size <= MAX_DISCARDED_BYTES:
                     message = await receive()
                     size += len(message.get("body", b""))

@@ -13,7 +13,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from relay.answers import Response
 from relay.edge import MAX_BODY_BYTES
-from relay.endpoints import BODY_TIMEOUT_S, Track
+from relay.endpoints import Track
 
 
 class _Nobody:
@@ -119,7 +119,7 @@ class BeaconProtocol(HttpToolsProtocol):
         if type(cycle) is Beacon and cycle.more_body and cycle.timer is None:
             # In most cases the body has come with the headers, and needs no timer.
             cycle.timer = self.loop.call_later(
-                BODY_TIMEOUT_S, self._stop_waiting, cycle
+                cycle.track.body_timeout_s, self._stop_waiting, cycle
             )
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -11,6 +11,7 @@ from typing import cast
 import httpx
 import pytest
 import redis.asyncio
+from starlette.types import Receive, Scope, Send
 from uvicorn._types import ASGIApplication
 
 from relay.addresses import TrustedProxies
@@ -21,6 +22,7 @@ from relay.endpoints import MAX_WAITED_EVENTS, Track
 from relay.limits import parse_limits
 from relay.origins import AllowedOrigins
 from relay.policy import Policy
+from relay.protocol import BeaconProtocol
 from relay.queue import Queue
 from tests.listening import of_session
 from tests.queues import Bench, Clock, result
@@ -135,8 +137,23 @@ class Relay:
 Start = Callable[..., Awaitable[Relay]]
 
 
-@pytest.fixture
-async def start(valkey_url: str, prefix: str) -> AsyncIterator[Start]:
+class Short:
+    """The route as an application that uvicorn's protocol may go past."""
+
+    def __init__(self, track: Track) -> None:
+        self._track = track
+        self.beacons = {b"/track": track}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._track(scope, receive, send)
+
+
+@pytest.fixture(params=["asgi", "short"])
+async def start(
+    request: pytest.FixtureRequest, valkey_url: str, prefix: str
+) -> AsyncIterator[Start]:
+    """Every promise holds on both ways in."""
+    short = request.param == "short"
     async with AsyncExitStack() as stack:
 
         async def begin(
@@ -180,9 +197,9 @@ async def start(valkey_url: str, prefix: str) -> AsyncIterator[Start]:
                 limits=rules,
                 **options,  # type: ignore[arg-type]  # the route's own keywords
             )
-            url = await stack.enter_async_context(
-                serve(cast("ASGIApplication", track), **SERVER)
-            )
+            app = cast("ASGIApplication", Short(track) if short else track)
+            way = {"http": BeaconProtocol} if short else {}
+            url = await stack.enter_async_context(serve(app, **SERVER, **way))
             client = await stack.enter_async_context(httpx.AsyncClient(timeout=20))
             relay = Relay(url + "/track", track, client, bench, admission)
             stack.callback(relay.hang_up)

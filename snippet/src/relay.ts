@@ -27,8 +27,8 @@ const LEASE_MS = 20_000; // over ANSWER_MS: until then nobody else sends an even
 const REPEAT_MS = 24 * 3_600_000;
 const LONGEST_MS = 2e9; // browsers take what is over 2 ** 31 - 1 for nothing
 
-// payload.time.signature, the last an HMAC-SHA-256 in base64url: a token of the relay's.
-const TOKEN = /\.[\w-]+\.[\w-]{43}$/;
+// The end of a token of the relay's: a signature, HMAC-SHA-256 in base64url.
+const TOKEN = /\.[\w-]{43}$/;
 // Statuses of events: queued, duplicate, dropped or coalesced is done with;
 // rate_limited and unavailable may come again; the others are refusals.
 const TAKEN = /^[qdc]/;
@@ -46,11 +46,10 @@ export const createRelay: Create = (options = {}) => {
   let store: Record<string, string> = {}; // the same for other pages, and the next one
   let identity: Partial<RelayEvent> = {};
   // 0 until somebody has asked the shopper.
-  let consent: unknown =
+  let consent: unknown = +!(
     options.consent == "required" ||
     (navigator.globalPrivacyControl && options.gpc != "ignore")
-      ? 0
-      : 1;
+  );
   let count = 0; // events of this page view
   let report: Report = {}; // since the relay heard last
   let failures = 0; // one after the other
@@ -63,13 +62,17 @@ export const createRelay: Create = (options = {}) => {
     store = localStorage || store;
   } catch {} // shut, for this frame or by the shopper; null in some apps
 
-  const say = (...words: unknown[]) => options.debug && console.log("relay:", ...words);
+  const say = (...words: unknown[]) => options.debug && console.log(PREFIX, ...words);
   const may = () => !(stopped || document.prerendering) && consent;
   const keys = () => Object.keys(entries);
 
   const tally = (kind: string, n = 1) => {
     report[kind] = (report[kind] || 0) + n;
-    say(kind, n);
+  };
+
+  /** The page may be gone before it is told: whoever sends this event tells it, too. */
+  const lose = (kind: string, key: string, lost = key) => {
+    say((entries[key].lost = kind), entries[lost]);
   };
 
   // --- the store: other pages write there, too --------------------------------------
@@ -93,7 +96,10 @@ export const createRelay: Create = (options = {}) => {
     for (const key of mine)
       try {
         const value = JSON.stringify([view, Date.now() + ms, entries[key]]);
-        if (may() && entries[key] && events-- > 0 && (chars -= value.length) > 0) store[key] = value;
+        if (may() && entries[key] && events-- > 0 && (chars -= value.length) > 0) {
+          store[key] = value; // or it throws, and nobody else can have it
+          entries[key].until = Date.now() + ms;
+        }
       } catch {} // the page itself has filled it
   };
 
@@ -103,7 +109,8 @@ export const createRelay: Create = (options = {}) => {
   const pack = (some: string[], most = BATCH): [string[], string] => {
     some = some.slice(0, most);
     const body = JSON.stringify({
-      events: some.map((key) => entries[key].event),
+      // By the clock that it was called by, so a wrong one does not matter.
+      events: some.map((key) => ({ ...entries[key].event, age: Date.now() - entries[key].at })),
       report,
     });
     return most > 1 && body.length > MAX_BODY ? pack(some, most >> 1) : [some, body];
@@ -147,7 +154,11 @@ export const createRelay: Create = (options = {}) => {
       }
     const due = keys().filter((key) => {
       const entry = entries[key];
-      if (entry.tried! < now - REPEAT_MS) {
+      if (entry.lost) tally(entry.lost);
+      entry.lost = "";
+      // It was another page's to send while this one slept, and is gone from the store.
+      if (entry.until! < now && !store[key]) forget(key);
+      else if (entry.tried! < now - REPEAT_MS) {
         tally("late");
         forget(key);
       } else if (entry.due! > now) next = Math.min(next, entry.due! - now);
@@ -174,25 +185,24 @@ export const createRelay: Create = (options = {}) => {
         for (const kind in reported) tally(kind, reported[kind]); // not the relay's
       }
       const backoff = Math.random() * Math.min(BACKOFF_MS, 1e3 * 2 ** ++failures);
-      let again = 0; // 1: some have to wait, 2: nobody knows what became of them
+      busy = 0;
       for (const key of some) {
         const fate = fates[key] || { ...whole, status: "" };
         const word = fate.status as string;
         const entry = entries[key] || {}; // forgotten meanwhile
         say(word || status, entry, fate.detail);
         if (LATER.test(word)) {
-          again ||= 1;
-          entry.due = Date.now() + Math.max(fate.retry_after! * 1e3 || 0, backoff);
+          // It has not arrived, so it is not too late for it as long as it waits.
+          entry.tried = entry.due = Date.now() + Math.max(fate.retry_after! * 1e3 || 0, backoff);
         } else if (word || FINAL.test(status as never)) {
+          failures = 0;
           forget(key);
           if (!TAKEN.test(word))
             try {
               options.onerror!({ ...fate, status, event: entry.event });
             } catch {} // there is none, or the page's own fault
-        } else again = 2;
+        } else busy = 1; // nobody knows what became of it
       }
-      busy = again > 1;
-      failures = again ? failures : 0;
       next = busy ? Math.max(wait! * 1e3 || 0, backoff) : keys()[BATCH - 1] ? 0 : BATCH_MS;
       hold(next + LEASE_MS);
     } else hold(LEASE_MS);
@@ -213,7 +223,7 @@ export const createRelay: Create = (options = {}) => {
       const [some, body] = pack(rest, most);
       most = some.length >> 1;
       try {
-        if (navigator.sendBeacon(url, body) || fetchLater(url, { method: "POST", body })) {
+        if (navigator.sendBeacon?.(url, body) || fetchLater(url, { method: "POST", body })) {
           for (const key of rest.splice(0, some.length))
             entries[key].left = entries[key].tried ||= Date.now();
           report = {};
@@ -221,7 +231,7 @@ export const createRelay: Create = (options = {}) => {
         }
       } catch {}
     }
-    if (rest[0]) say("quota", (report.quota = rest.length));
+    for (const key of rest) lose("quota", key);
     hold(0); // the next page may have them
   };
 
@@ -240,31 +250,31 @@ export const createRelay: Create = (options = {}) => {
       const event = {
         ...identity,
         ...parts,
-        customer: parts.customer
-          ? { ...identity.customer, ...parts.customer }
-          : identity.customer,
+        customer: { ...identity.customer, ...parts.customer },
         event: name,
         metadata,
         id,
       };
       // As it is now, whatever the page does to its objects; or an error, here.
-      const text = JSON.stringify({ event });
+      const text = JSON.stringify({ event, at: Date.now() });
+      const mine = PREFIX + id;
       tally("called");
-      if (text[MAX_CHARS]) return tally("full");
-      entries[PREFIX + id] = JSON.parse(text);
       say(event);
+      if (text[MAX_CHARS]) return tally("full");
+      entries[mine] = JSON.parse(text);
       while (
         keys()[MAX_EVENTS] ||
         (keys()[1] && JSON.stringify(entries).length > MAX_CHARS)
       ) {
-        tally(navigator.onLine ? "full" : "offline");
-        forget(
+        const oldest =
           keys().find((key) => !entries[key].event.loyalty && !entries[key].event.referral) ||
-            keys()[0],
-        );
+          keys()[0];
+        lose(navigator.onLine ? "full" : "offline", mine, oldest);
+        forget(oldest);
       }
-      hold(LEASE_MS, [PREFIX + id]);
-      if (document.hidden) hide(); // the page's own listeners come after this one's
+      hold(LEASE_MS, [mine]);
+      // The page's own listeners come after this one's; what they call goes together.
+      if (document.hidden) Promise.resolve().then(hide);
       if (++fresh < BATCH) timer ||= setTimeout(flush, BATCH_MS);
       else flush();
     },
@@ -272,8 +282,8 @@ export const createRelay: Create = (options = {}) => {
       identity = !who ? {} : TOKEN.test(who) ? { token: who } : { customer: { source_id: who + "" } };
     },
     consent(given: boolean) {
-      consent = given;
-      if (given) flush();
+      consent = given === true;
+      if (consent) flush();
       else [...keys(), ...stored()].forEach(forget);
     },
     onerror(callback: Options["onerror"]) {

@@ -9,7 +9,7 @@ if (!stub?.on) {
   // Not twice: a tag manager may load what the page has already.
   const relay = createRelay({
     ...data,
-    url: data.url || script?.src.replace(/[^/]+$/, "track"),
+    url: data.url || script?.src.replace(/[^/?]+(\?.*)?$/, "track"),
     debug: "debug" in data,
   }) as NonNullable<typeof stub>;
   relay.on = 1;

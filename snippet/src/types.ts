@@ -73,15 +73,18 @@ export type Create = <Events extends Catalog<Events> = AnyEvent>(
 /** An event that is not known to have arrived; times in milliseconds since 1970. */
 export interface Entry {
   event: RelayEvent;
+  at: number; // when it was called
   tried?: number; // the first time that it was sent
   left?: number; // the same, when that was a beacon
   due?: number; // not to be sent before
+  until?: number; // this page's own in the store
+  lost?: string; // a kind of `Report`: of itself, or of one that made room for it
 }
 
 /**
  * What became of this page's events before they left, since the relay heard last:
  * `called` (all of them), `full` and `offline` (the oldest made room; while there was no
- * network), `quota` (the browser took no beacon as the page went; they may come later),
+ * network), `quota` (the browser took no beacon as the page went; told with the event),
  * `late` (may have arrived, too long ago to be sent again).
  */
 export type Report = Record<string, number>;

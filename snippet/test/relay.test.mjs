@@ -64,7 +64,7 @@ test("a token and a source_id are told apart, and the last one counts", async ()
   await wait(page, 1_000);
   const [first, second] = page.sent[0].events;
   assert.equal(first.token, token);
-  assert.equal(first.customer, undefined);
+  assert.deepEqual(first.customer, {});
   assert.equal(second.token, undefined);
   assert.deepEqual(second.customer, { source_id: "a.b@shop.example", email: "a@b.example" });
   assert.deepEqual(second.loyalty, { code: "C" });
@@ -79,7 +79,7 @@ test("a number is a source_id, too, and without one it is nobody again", async (
   await wait(page, 1_000);
   assert.deepEqual(
     page.sent[0].events.map(({ customer }) => customer),
-    [{ source_id: "42" }, undefined],
+    [{ source_id: "42" }, {}],
   );
 });
 
@@ -427,12 +427,22 @@ test("what no beacon takes is kept for the next page, and told", async () => {
   assert.equal(next.sent[0].events.length, 3);
 });
 
-test("what the page calls for after it was hidden leaves at once", async () => {
+test("what the page calls for after it was hidden leaves at once, and together", async () => {
   const page = opened();
   page.hidden = true;
   page.fire("visibilitychange");
-  page.track(); // in a listener of the page's own, which comes after the snippet's
-  assert.deepEqual(page.sent.map(({ by }) => by), ["beacon"]);
+  page.track(3); // in a listener of the page's own, which comes after the snippet's
+  await Promise.resolve();
+  assert.deepEqual(page.sent.map(({ by, events }) => [by, events.length]), [["beacon", 3]]);
+});
+
+test("without sendBeacon it is fetchLater's, and nothing breaks", async () => {
+  const later = [];
+  const fetchLater = (_, { body }) => later.push(JSON.parse(body).events.length);
+  const page = opened({}, { navigator: { sendBeacon: undefined }, globals: { fetchLater } });
+  page.track(2);
+  page.fire("pagehide");
+  assert.deepEqual(later, [2]);
 });
 
 test("fetchLater takes what no beacon does", async () => {
@@ -527,9 +537,148 @@ test("debug explains every event that it sends or skips", async () => {
   page.relay("consent", false);
   page.track();
   const said = page.said.map((words) => JSON.stringify(words)).join("\n");
-  for (const word of ["relay:", "queued", "skipped", "called"]) assert.ok(said.includes(word), word);
+  for (const word of ["relay:", "queued", "skipped"]) assert.ok(said.includes(word), word);
   const quiet = opened();
   quiet.track();
   await wait(quiet, 1_000);
   assert.deepEqual(quiet.said, []);
+});
+
+// --- time ------------------------------------------------------------------------------
+
+test("an event says how old it is, at each sending anew", async () => {
+  const page = opened();
+  page.answers = [{ status: 503, text: "" }];
+  page.track();
+  await wait(page, 500);
+  page.track();
+  await wait(page, 10_000);
+  assert.deepEqual(page.sent[0].events.map(({ age }) => age), [1_000, 500]);
+  const again = page.sent[1].at - page.sent[0].at;
+  assert.deepEqual(page.sent[1].events.map(({ age }) => age), [1_000 + again, 500 + again]);
+});
+
+test("the age is kept over a reload", async () => {
+  const browser = new Browser();
+  const first = browser.open({}, { navigator: { onLine: false } });
+  first.track();
+  first.fire("pagehide");
+  await browser.pass(DAY);
+  const next = browser.open();
+  await browser.pass(1_000);
+  assert.equal(next.sent[0].events[0].age, DAY);
+});
+
+// --- a page that slept -----------------------------------------------------------------
+
+test("what another page has delivered while this one slept is not sent again", async () => {
+  const browser = new Browser();
+  const asleep = browser.open({}, { navigator: { onLine: false } });
+  asleep.track(2);
+  asleep.fire("pagehide");
+  browser.timers = []; // frozen
+  const other = browser.open();
+  await browser.pass(2_000);
+  assert.equal(other.sent[0].events.length, 2);
+  await browser.pass(4 * DAY); // by now the relay has forgotten the ids
+  asleep.navigator.onLine = true;
+  asleep.fire("pageshow");
+  await browser.pass(60_000);
+  assert.deepEqual(asleep.sent, []);
+});
+
+test("what is nobody else's is sent by the page that slept", async () => {
+  const browser = new Browser();
+  const asleep = browser.open({}, { navigator: { onLine: false } });
+  asleep.track(2);
+  asleep.fire("pagehide");
+  await browser.pass(4 * DAY);
+  asleep.navigator.onLine = true;
+  asleep.fire("pageshow");
+  await browser.pass(60_000);
+  assert.equal(asleep.sent.flatMap(({ events }) => events).length, 2);
+  assert.deepEqual(browser.storage, {});
+});
+
+test("a store that takes nothing makes no event another page's", async () => {
+  const full = new Proxy({}, { set() { throw new Error("QuotaExceededError"); } });
+  const page = opened({}, { storage: full, navigator: { onLine: false } });
+  page.track(2);
+  await wait(page, DAY);
+  page.navigator.onLine = true;
+  page.fire("online");
+  await wait(page, 2_000);
+  assert.equal(page.sent[0].events.length, 2);
+});
+
+test("consent that was refused on the next page counts when this one comes back", async () => {
+  const browser = new Browser();
+  const first = browser.open({}, { navigator: { onLine: false } });
+  first.track();
+  first.fire("pagehide");
+  const next = browser.open({}, { navigator: { onLine: false } });
+  next.relay("consent", false);
+  await browser.pass(1_000);
+  first.navigator.onLine = true;
+  first.fire("pageshow");
+  await browser.pass(60_000);
+  assert.deepEqual(first.sent, []);
+});
+
+test("only true is consent", async () => {
+  for (const word of ["denied", "granted", 1, {}, null]) {
+    const page = opened({ consent: "required" });
+    page.track();
+    page.relay("consent", word);
+    page.track();
+    await wait(page, 5_000);
+    assert.deepEqual([page.sent, page.kept], [[], []], String(word));
+  }
+});
+
+test("what was told to wait for longer than a day is not late", async () => {
+  const page = opened();
+  page.answers = [{ status: 202, fate: { status: "rate_limited", retry_after: 2 * 86_400 } }];
+  page.track();
+  await wait(page, 2 * DAY + 60_000);
+  assert.deepEqual(page.sent.map(({ events }) => events.length), [1, 1]);
+  assert.equal(page.reported.late, undefined);
+});
+
+// --- what was lost, told by the next page -----------------------------------------------
+
+test("what no beacon took is told by the next page, and arrives", async () => {
+  const browser = new Browser();
+  const first = browser.open({}, { quota: 0 });
+  first.track(3);
+  first.fire("pagehide");
+  browser.timers = [];
+  const next = browser.open();
+  await browser.pass(2_000);
+  assert.equal(next.sent[0].events.length, 3);
+  assert.deepEqual(next.reported, { called: 3, quota: 3 });
+});
+
+test("what made room while offline is told by the next page", async () => {
+  const browser = new Browser();
+  const first = browser.open({}, { navigator: { onLine: false } });
+  first.track(105);
+  first.fire("pagehide");
+  browser.timers = [];
+  const next = browser.open();
+  await browser.pass(60_000);
+  assert.equal(next.sent.flatMap(({ events }) => events).length, 100);
+  assert.equal(next.reported.offline, 5);
+});
+
+test("an answer of any shape leaves the page able to send", async () => {
+  for (const whole of [{ events: [{ id: 1, status: {} }] }, { events: 5 }, { events: [null] }]) {
+    const page = opened();
+    page.answers = [{ status: 200, whole }];
+    page.track();
+    await wait(page, 60_000);
+    page.track();
+    await wait(page, 60_000);
+    assert.ok(page.sent.length >= 2, JSON.stringify(whole));
+  }
 });

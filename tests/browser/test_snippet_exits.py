@@ -31,7 +31,7 @@ pytestmark = [
 ]
 
 INSTALLS = ("stub", "loaded", "module", "manager")
-EXITS = ("link", "close", "back", "reload", "crash", "hide")
+EXITS = ("link", "close", "back", "reload", "crash", "hide", "listener")
 CONDITIONS = (
     *("online", "offline", "down", "limited", "quota", "storage", "csp", "fetch"),
     *("tabs", "bfcache"),
@@ -180,8 +180,13 @@ async def _visit(shop: Shop, cell: Cell, host: str, context: BrowserContext) -> 
         calls = page.evaluate(
             """([who, numbers, then]) => {
               relay("identify", who);
-              for (const n of numbers) relay("track", "e", { n });
-              if (then == "link") document.querySelector("a").click();
+              const track = () => {
+                for (const n of numbers) relay("track", "e", { n });
+              };
+              if (then == "listener") addEventListener("pagehide", track);
+              else track();
+              if (["link", "listener"].includes(then))
+                document.querySelector("a").click();
               if (then == "back") history.back();
               if (then == "reload") location.reload();
               if (then == "hide") {
@@ -219,7 +224,7 @@ async def _visit(shop: Shop, cell: Cell, host: str, context: BrowserContext) -> 
     if cell.condition in WRONG:
         assert await page.evaluate(WRONG[cell.condition]), cell
     await call(page)
-    page = await _leave(context, page, cell, call)
+    page = await _leave(shop, context, page, cell, call)
     if cell.condition == "offline":
         await _online(context)
     shop.front.down.discard(f"{host}.shop.localhost")
@@ -253,7 +258,19 @@ async def _open(page: Page, url: str) -> None:
     await page.wait_for_function("typeof relay == 'function'")
 
 
-async def _leave(context: BrowserContext, page: Page, cell: Cell, call: object) -> Page:
+async def _some_arrived(shop: Shop, cell: Cell) -> None:
+    """What leaves at once has left; one that arrives only later is waited for later."""
+
+    async def any_arrived() -> bool:
+        return bool(shop.arrived(str(cell)))
+
+    with suppress(AssertionError):
+        await eventually(any_arrived, within=5)
+
+
+async def _leave(
+    shop: Shop, context: BrowserContext, page: Page, cell: Cell, call: object
+) -> Page:
     say = cast("Call", call)
     match cell.exit:
         case "close":
@@ -262,8 +279,10 @@ async def _leave(context: BrowserContext, page: Page, cell: Cell, call: object) 
         case "crash":
             await say(page)
             await _crash(context, page)
-        case "hide":  # an app switch, and then the system takes the memory
+        case "hide":  # an app switch, and a while later the system takes the memory
             await say(page, cell.exit)
+            if cell.condition not in LATER:
+                await _some_arrived(shop, cell)
             await _crash(context, page)
         case _:
             await say(page, cell.exit)

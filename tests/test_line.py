@@ -1,0 +1,75 @@
+"""Connections for one call at a time: an answer is never another call's."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+import redis.exceptions as broken
+
+from relay.line import Line
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+async def line(redis_url: str) -> AsyncIterator[Line]:
+    made = Line(redis_url, timeout=5.0)
+    yield made
+    await made.aclose()
+
+
+async def test_calls_at_once_get_their_own_answers(line: Line) -> None:
+    said = await asyncio.gather(*(line.call("ECHO", f"{n}") for n in range(50)))
+    assert said == [f"{n}".encode() for n in range(50)]
+    assert len(line._idle) == 50
+    assert await line.call("ECHO", b"\xff\x00") == b"\xff\x00"
+    assert len(line._idle) == 50
+
+
+async def test_an_error_is_an_answer_and_the_connection_stays(line: Line) -> None:
+    with pytest.raises(broken.NoScriptError):
+        await line.call("EVALSHA", "0" * 40, 0)
+    [kept] = line._idle
+    assert await line.call("ECHO", "x") == b"x"
+    assert line._idle == [kept]
+
+
+async def test_a_late_answer_is_nobodys(redis_url: str) -> None:
+    line = Line(redis_url, timeout=0.1)
+    try:
+        with pytest.raises(broken.TimeoutError):
+            await line.call("BLPOP", "nothing-comes-here", 1)
+        assert line._idle == []
+        assert await line.call("ECHO", "x") == b"x"
+    finally:
+        await line.aclose()
+
+
+async def test_a_call_that_is_cancelled_takes_its_connection_along(line: Line) -> None:
+    task = asyncio.create_task(line.call("BLPOP", "nothing-comes-here", 1))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert line._idle == []
+    assert await line.call("ECHO", "x") == b"x"
+
+
+async def test_a_connection_that_was_cut_is_made_anew(
+    line: Line, redis_url: str
+) -> None:
+    await line.call("ECHO", "x")
+    number = await line.call("CLIENT", "ID")
+    killer = Line(redis_url, timeout=5.0)
+    assert await killer.call("CLIENT", "KILL", "ID", str(number)) == 1
+    await killer.aclose()
+    with pytest.raises(broken.ConnectionError):
+        await line.call("ECHO", "y")
+    assert await line.call("ECHO", "z") == b"z"
+
+
+async def test_nobody_there_is_said_so() -> None:
+    line = Line("redis://127.0.0.1:9", timeout=1.0)
+    with pytest.raises(broken.ConnectionError):
+        await line.call("PING")
+    await line.aclose()

@@ -1,0 +1,222 @@
+"""Which requests go past ASGI, and that uvicorn has its connection back after each."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import cast
+
+import pytest
+from starlette.types import Receive, Scope, Send
+from uvicorn._types import ASGIApplication
+
+from relay.answers import Response
+from relay.endpoints import Track
+from relay.protocol import BeaconProtocol
+from tests.support import eventually, serve
+
+pytestmark = pytest.mark.anyio
+
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+PLAIN = "POST /track HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}"
+
+
+@dataclass(slots=True)
+class App:
+    """Answers on both ways, and says which one it was."""
+
+    body_timeout_s: float = 5.0
+    seen: list[tuple[str, bytes]] = field(default_factory=list)
+    held: list[Callable[[Response], None]] = field(default_factory=list)
+    hold: bool = False
+    beacons: dict[bytes, Track] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.beacons = {b"/track": cast("Track", self)}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        del scope
+        message = await receive()
+        self.seen.append(("asgi", message.get("body", b"")))
+        start = {"type": "http.response.start", "status": 200}
+        await send({**start, "headers": [(b"content-length", b"4")]})
+        await send({"type": "http.response.body", "body": b"asgi"})
+
+    def take(
+        self,
+        headers: Iterable[tuple[bytes, bytes]],
+        peer: str | None,
+        body: bytes,
+        answer: Callable[[Response], None],
+    ) -> None:
+        assert (b"host", b"x") in list(headers)
+        assert peer == "127.0.0.1"
+        self.seen.append(("short", body))
+        if self.hold:
+            self.held.append(answer)
+        else:
+            answer(said())
+
+    def too_slow(
+        self, headers: Iterable[tuple[bytes, bytes]], peer: str | None
+    ) -> Response:
+        del headers, peer
+        return Response(408, [(b"connection", b"close"), (b"content-length", b"0")])
+
+
+def said() -> Response:
+    return Response(202, [(b"content-length", b"5")], b"short")
+
+
+@asynccontextmanager
+async def spoken(app: App) -> AsyncIterator[Streams]:
+    served = serve(
+        cast("ASGIApplication", app),
+        http=BeaconProtocol,
+        lifespan="off",
+        proxy_headers=False,
+    )
+    async with served as url:
+        yield await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+
+
+async def asked(app: App, *requests: str, answers: int = 1) -> bytes:
+    """Send these on one connection, and read as many answers."""
+    async with spoken(app) as (reader, writer):
+        for request in requests:
+            writer.write(request.encode())
+        got = b""
+        async with asyncio.timeout(10):
+            while got.count(b"HTTP/1.1 2") < answers or not got.endswith(
+                (b"asgi", b"short")
+            ):
+                part = await reader.read(4096)
+                assert part, got
+                got += part
+        writer.close()
+        return got
+
+
+@pytest.mark.parametrize(
+    ("request_", "way"),
+    [
+        (PLAIN, "short"),
+        (PLAIN.replace("host: x", "host: x\r\norigin: https://a"), "short"),
+        (PLAIN.replace("/track", "/track?x=1"), "asgi"),
+        (PLAIN.replace("/track", "/other"), "asgi"),
+        (PLAIN.replace("POST", "PUT"), "asgi"),
+        (PLAIN.replace("host: x", "host: x\r\nprefer: wait=1"), "asgi"),
+        (PLAIN.replace("host: x", "host: x\r\nconnection: close"), "asgi"),
+        (PLAIN.replace("host: x", "host: x\r\nexpect: 100-continue"), "asgi"),
+        (
+            "POST /track HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+            "2\r\n{}\r\n0\r\n\r\n",
+            "asgi",
+        ),
+        ("GET /track HTTP/1.1\r\nhost: x\r\n\r\n", "asgi"),
+        (
+            "POST /track HTTP/1.1\r\nhost: x\r\ncontent-length: 65537\r\n\r\n"
+            + "x" * 65_537,
+            "asgi",
+        ),
+        (
+            "POST /track HTTP/1.1\r\nhost: x\r\ncontent-length: 65536\r\n\r\n"
+            + "x" * 65_536,
+            "short",
+        ),
+    ],
+)
+async def test_only_what_is_plain_goes_past_asgi(request_: str, way: str) -> None:
+    app = App()
+    got = await asked(app, request_)
+    assert app.seen[0][0] == way
+    assert got.endswith(way.encode())
+    assert b"\r\ndate: " in got.lower()
+
+
+async def test_a_connection_is_used_again_on_both_ways() -> None:
+    app = App()
+    other = PLAIN.replace("/track", "/other")
+    async with spoken(app) as (reader, writer):
+        for request, way in ((PLAIN, b"short"), (other, b"asgi"), (PLAIN, b"short")):
+            writer.write(request.encode())
+            async with asyncio.timeout(10):
+                await reader.readuntil(way)
+        writer.close()
+    assert [way for way, _ in app.seen] == ["short", "asgi", "short"]
+
+
+async def test_what_is_sent_before_the_answer_waits_for_it() -> None:
+    app = App(hold=True)
+
+    async def answer() -> None:
+        async def one_is_held() -> bool:
+            return bool(app.held)
+
+        await eventually(one_is_held)
+        app.held.pop()(said())
+
+    answering = asyncio.create_task(answer())
+    got = await asked(app, PLAIN + PLAIN, answers=2)
+    await answering
+    assert [way for way, _ in app.seen] == ["short", "asgi"]
+    assert got.index(b"short") < got.index(b"asgi")
+
+
+async def test_a_body_in_pieces_is_put_together() -> None:
+    app = App()
+    head, _, _ = PLAIN.partition("{")
+    async with spoken(app) as (reader, writer):
+        writer.write(head.encode() + b"{")
+        await writer.drain()
+        writer.write(b"}")
+        async with asyncio.timeout(10):
+            await reader.readuntil(b"short")
+        writer.close()
+    assert app.seen == [("short", b"{}")]
+
+
+async def test_a_body_that_does_not_come_is_answered_and_closed() -> None:
+    app = App(body_timeout_s=0.05)
+    async with spoken(app) as (reader, writer):
+        writer.write(PLAIN[:-1].encode())
+        async with asyncio.timeout(10):
+            got = await reader.read()
+        writer.close()
+    assert got.startswith(b"HTTP/1.1 408")
+    assert got.count(b"connection: close") == 1
+    assert app.seen == []
+
+
+async def test_an_answer_for_who_is_gone_goes_nowhere() -> None:
+    app = App(hold=True)
+    async with spoken(app) as (_, writer):
+        writer.write(PLAIN.encode())
+
+        async def one_is_held() -> bool:
+            return bool(app.held)
+
+        await eventually(one_is_held)
+        writer.transport.abort()
+        app.held.pop()(said())
+        app.hold = False
+    assert await asked(App(), PLAIN)
+
+
+async def test_a_server_that_stops_answers_what_it_has_taken_and_closes() -> None:
+    app = App(hold=True)
+    async with spoken(app) as (reader, writer):
+        writer.write(PLAIN.encode())
+
+        async def one_is_held() -> bool:
+            return bool(app.held)
+
+        await eventually(one_is_held)
+
+        # After the block's end has asked it to stop.
+        asyncio.get_running_loop().call_later(0.2, lambda: app.held.pop()(said()))
+    async with asyncio.timeout(10):
+        got = await reader.read()
+    assert got.endswith(b"short")
+    assert b"connection: close" in got
+    writer.close()
