@@ -30,6 +30,16 @@ LEAST_ETA_S, LEAST_WAITING = 600, 50
 HIGH_LANE_LOST = 0.01  # of its value, while lower lanes have some to give
 CHECKOUT_LOST = 0.01  # of its calls, for want of some
 
+STREAMS = (
+    "high",
+    "normal",
+    "low",
+    "retry",
+    "high:behind",
+    "normal:behind",
+    "low:behind",
+)
+
 # Ids in every place where an event can wait; Redis' own reader of what its scripts
 # packed, but nothing of the scripts.
 _LEFT = """
@@ -417,8 +427,9 @@ class _Stage:
 
 async def leave(client: Redis, queue: Queue) -> Left:
     """What Redis holds of a queue."""
-    streams = [k async for k in client.scan_iter(_pattern(f"{queue.prefix}:q:"))]
-    keys = [f"{queue.prefix}:delayed", *sorted(streams)]
+    # By name: to look for them would mean to look at every key of the server.
+    streams = [f"{queue.prefix}:q:{name}" for name in STREAMS]
+    keys = [f"{queue.prefix}:delayed", *streams]
     waiting = cast(
         "list[bytes]",
         await client.eval(_LEFT, len(keys), *keys, f"{queue.prefix}:coalesce:"),
