@@ -150,9 +150,13 @@ class Short:
 
 @pytest.fixture(params=["asgi", "short"])
 async def start(
-    request: pytest.FixtureRequest, valkey_url: str, prefix: str
+    request: pytest.FixtureRequest,
+    valkey_url: str,
+    prefix: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> AsyncIterator[Start]:
     """Every promise holds on both ways in."""
+    monkeypatch.setattr("relay.admission.REFUSALS_EVERY_S", 0.02)
     short = request.param == "short"
     async with AsyncExitStack() as stack:
 
