@@ -53,7 +53,6 @@ export const createRelay: Create = (options = {}) => {
   let count = 0; // events of this page view
   let report: Report = {}; // since the relay heard last
   let failures = 0; // one after the other
-  let fresh = 0; // events since the last attempt
   let busy: unknown; // until the answer, and as long as it told to wait
   let stopped: unknown;
   let timer: ReturnType<typeof setTimeout> | 0 | undefined; // of a batch
@@ -133,7 +132,7 @@ export const createRelay: Create = (options = {}) => {
 
   const send = async () => {
     clearTimeout(timer as number);
-    fresh = timer = 0;
+    timer = 0;
     if (busy || !may()) return;
     clearTimeout(nap as number);
     const now = Date.now();
@@ -160,6 +159,7 @@ export const createRelay: Create = (options = {}) => {
       if (entry.until! < now && !store[key]) forget(key);
       else if (entry.tried! < now - REPEAT_MS) {
         tally("late");
+        say("late", entry);
         forget(key);
       } else if (entry.due! > now) next = Math.min(next, entry.due! - now);
       else return 1;
@@ -260,7 +260,7 @@ export const createRelay: Create = (options = {}) => {
       const mine = PREFIX + id;
       tally("called");
       say(event);
-      if (text[MAX_CHARS]) return tally("full");
+      if (text[MAX_CHARS]) return say("full", tally("full"));
       entries[mine] = JSON.parse(text);
       while (
         keys()[MAX_EVENTS] ||
@@ -275,7 +275,7 @@ export const createRelay: Create = (options = {}) => {
       hold(LEASE_MS, [mine]);
       // The page's own listeners come after this one's; what they call goes together.
       if (document.hidden) Promise.resolve().then(hide);
-      if (++fresh < BATCH) timer ||= setTimeout(flush, BATCH_MS);
+      if (count % BATCH) timer ||= setTimeout(flush, BATCH_MS);
       else flush();
     },
     identify(who?: string) {

@@ -529,6 +529,26 @@ test("disabled is the end for the page", async () => {
   assert.deepEqual(page.kept, []);
 });
 
+test("debug names each event that will not be sent, and why", async () => {
+  const said = (page) => page.said.map((words) => JSON.stringify(words)).join("\n");
+  const large = opened({ debug: true });
+  large.relay("track", "large", { text: "x".repeat(33_000) });
+  assert.match(said(large), /"event":"large".*\n.*"full"/);
+  const offline = opened({ debug: true }, { navigator: { onLine: false } });
+  offline.relay("track", "first");
+  offline.track(100);
+  assert.match(said(offline), /"offline",\{.*"event":"first"/);
+  const late = opened({ debug: true });
+  late.answer = { status: 503, text: "" };
+  late.relay("track", "old");
+  await wait(late, 2 * DAY);
+  assert.match(said(late), /"late",\{.*"event":"old"/);
+  const going = opened({ debug: true }, { quota: 0 });
+  going.relay("track", "going");
+  going.fire("pagehide");
+  assert.match(said(going), /"quota",\{.*"event":"going"/);
+});
+
 test("debug explains every event that it sends or skips", async () => {
   const page = opened({ debug: true, consent: "required" });
   page.track();
