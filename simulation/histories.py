@@ -27,7 +27,7 @@ from redis.asyncio import Redis
 
 from relay.judgement import given_back, interrupted, judged, not_processed
 from relay.limits import parse_budget
-from relay.queue import QUEUED, Claimed, Event, Queue, Result
+from relay.queue import COALESCED, DUPLICATE, QUEUED, Claimed, Event, Queue, Result
 from relay.verdicts import Answer, Verdict, read_answer
 from simulation.clock import Clock, SimulatedScripts
 from simulation.play import leave, wipe
@@ -44,6 +44,7 @@ WINDOWS = {5_000: 4, 60_000: 20}
 CUSTOMERS = ("ann", "bob", "cem", "dee", "eli", "fay")
 TTL_MS = (2_000, 72 * 3_600_000, 72 * 3_600_000)
 WAITS_MS = (1, 1_000, 2_500, 4_999, 5_100, 5_100, 12_000, 59_999, 3_700_000)
+WINDOW_MS = 20_000  # to coalesce in
 RARELY = st.sampled_from((False, False, False, True))
 STEPS_MS = (-3_600_000, -60_000, -1_500, -400, 400, 60_000)
 
@@ -129,6 +130,7 @@ class Histories(RuleBasedStateMachine):
         self._queues = self._open()
         self._referee = Referee()
         self._seq = self._made = self._named = 0
+        self._last: dict[str, str] = {}  # coalesced events by customer
         self._hands = {n: self._hire(n) for n in ("a", "b")}
         self._eras: list[list[int]] = [[]]  # calls, anew with each jump forward
 
@@ -176,7 +178,7 @@ class Histories(RuleBasedStateMachine):
             [reply] = self._do(
                 self._queues["a"].commit("w:0", self._seq, [("ip", events)], [])
             )
-        assert reply.codes[::2] == [QUEUED] * len(customers) + [1] * again
+        assert reply.codes[::2] == [QUEUED] * len(customers) + [DUPLICATE] * again
         for event in events[: len(customers)]:
             self._referee.accepted(
                 event[0],
@@ -189,6 +191,43 @@ class Histories(RuleBasedStateMachine):
             )
         if again:
             self._referee.refused["duplicate"] += 1
+
+    @rule(
+        customers=st.lists(st.sampled_from(CUSTOMERS), min_size=1, max_size=4),
+        delivery=st.sampled_from(("at_least_once", "at_most_once")),
+        ttl_ms=st.sampled_from(TTL_MS),
+        lost=RARELY,
+    )
+    def coalesce(
+        self, customers: list[str], delivery: str, ttl_ms: int, lost: bool
+    ) -> None:
+        """Events of which only the last one counts, each of a customer of its own kind:
+        one that waits for its window is overtaken by others on purpose."""
+        special = ("digest", WINDOW_MS, 0, 0, False, "", 0, 0, False)
+        events: list[Event] = []
+        for customer in customers:
+            self._made += 1
+            name, whose = f"e{self._made}", f"{customer}-coalesced"
+            rules = ("normal", delivery, ttl_ms)
+            events.append((name, True, whose, "c", *rules, "{}", special))
+        self._seq += 1
+        for _ in range(1 + lost):
+            [reply] = self._do(
+                self._queues["a"].commit("w:0", self._seq, [("ip", events)], [])
+            )
+        for event, code in zip(events, reply.codes[::2], strict=True):
+            assert code in (QUEUED, COALESCED)
+            self._referee.accepted(
+                event[0],
+                at_ms=self._clock.now_ms,
+                customer=event[2],
+                lane="normal",
+                delivery=delivery,
+                ttl_ms=ttl_ms,
+                value=1,
+                replaces=self._last[event[2]] if code == COALESCED else None,
+            )
+            self._last[event[2]] = event[0]
 
     # --- the way out ----------------------------------------------------------------
 
