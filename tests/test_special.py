@@ -159,6 +159,28 @@ async def test_a_retry_leaves_the_one_that_waits_alone(make: Make) -> None:
     assert last.id == "c"
 
 
+async def test_a_place_is_looked_into_also_after_a_group_was_lost(make: Make) -> None:
+    bench = await make()
+    await bench.take(event("x"))
+    await bench.codes(of("d1", "dee", coalesce_ms=WINDOW_MS))
+    first = await bench.claim()
+    await bench.settle(
+        *(result(c, "delivered") for c in first if c.id == "d1"),
+        *(result(c, "retry", delay_ms=1) for c in first if c.id == "x"),
+    )
+    await bench.codes(*(of(n, "dee", coalesce_ms=WINDOW_MS) for n in ("d2", "d3")))
+    await bench.clock.pass_ms(1)
+    assert [c.id for c in await bench.claim()] == ["x"]
+    # It is handed out anew, before whatever comes into the stream behind it.
+    await bench.client.xgroup_destroy(f"{bench.queue.prefix}:q:retry", "relay")
+    await bench.codes(*(of(n, "bob", coalesce_ms=WINDOW_MS) for n in ("b1", "b2")))
+    await bench.clock.pass_ms(WINDOW_MS)
+    taken: list[str] = []
+    for _ in range(3):
+        taken += [c.id for c in await bench.claim()]
+    assert sorted(taken) == ["b2", "d3", "x"]
+
+
 async def test_what_is_too_old_when_its_turn_comes_opens_no_window(make: Make) -> None:
     bench = await make()
     await bench.codes(of("a", coalesce_ms=WINDOW_MS, ttl_ms=60_000))

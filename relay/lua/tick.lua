@@ -379,23 +379,24 @@ end
 
 -- A coalesced event waits under its oldest one's place, and is what came last. From
 -- here on the next one has to wait until the window is over.
-local function latest(lane, id, x)
+local latest
+function latest(lane, id, x)
   local event = open(x.e)
   if not event.window then return lane, id, x, event end
   local key = coalesce_key(event)
   local kept = call('HMGET', key, 'id', 'e', 'r')
   if kept[1] ~= event.id then return lane, id, x, event end
-  if kept[2] then
-    remove(lane, id)
-    lane, id, x = 'retry', enter_retry(fresh(kept[2], kept[3]))
-    event = open(x.e)
-  end
+  local newest = kept[2] and fresh(kept[2], kept[3]) or x
+  local last = open(newest.e)
   call('DEL', key)
-  if now_ms <= x.r + event.ttl then
-    call('HSET', key, 'until', now_ms + event.window)
-    call('PEXPIRE', key, event.window)
+  if now_ms <= newest.r + last.ttl then
+    call('HSET', key, 'until', now_ms + last.window)
+    call('PEXPIRE', key, last.window)
   end
-  return lane, id, x, event
+  if newest == x then return lane, id, x, event end
+  remove(lane, id)
+  -- Where a group was lost, an older entry comes first, and may have such a place itself.
+  return latest('retry', enter_retry(newest))
 end
 
 local empty, expired = false, 0
