@@ -30,7 +30,9 @@ async def send(url: str, calls: int, concurrency: int) -> None:
 
     async def some() -> None:
         for n in rest:
-            said = await transport.post(target, headers, body(n, nonce="bare"))
+            said = await transport.request(
+                "POST", target, headers, body(n, nonce="bare")
+            )
             assert isinstance(said, Reply), said
             assert said.status == 200, said
 

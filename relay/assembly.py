@@ -85,6 +85,7 @@ def make_catalog(settings: Settings, text: str | None = None) -> CatalogFile:
             # An id must be remembered for as long as its event may live.
             max_ttl_s=max(settings.dedupe_window, settings.ttl),
             signing=bool(settings.signing_keys),
+            server_api=settings.upstream_api == "server",
             text=text,
         )
     except CatalogError as error:
@@ -111,6 +112,7 @@ def make_policy(settings: Settings, catalog: Catalog) -> Policy:
         tokens=settings.tokens,
         restricted=settings.restricted,
         gpc=settings.gpc,
+        verifies=settings.upstream_api == "server",
     )
 
 

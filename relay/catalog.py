@@ -23,7 +23,7 @@ from relay.toml_lines import Path, first_broken, read_lines
 
 LANES = ("high", "normal", "low")
 TOKEN_RULES = ("off", "optional", "required", "dry_run")
-DELIVERIES = ("at_least_once", "at_most_once")
+DELIVERIES = ("at_least_once", "at_most_once", "verify")
 UNLISTED = ("accept", "reject")
 CUSTOMER_FIELDS = Customer.__struct_fields__
 
@@ -38,8 +38,9 @@ MAX_LINE = 4_000
 MAX_NAME = 300  # of `event` ("Track Custom Event (client-side)")
 MAX_COALESCE_S = 30 * 86_400
 
-# What a property may be listed as that the relay sets to a time.
+# What a property may be listed as that the relay sets: to a time, and to an id.
 TIME_TYPES = ("datetime", "string", "any")
+ID_TYPES = ("string", "any")
 
 # Every key that there is, as messages and docs/catalog.md show it. `unlisted` is for
 # [defaults] alone.
@@ -56,6 +57,7 @@ EXAMPLES = {
     "referral": "referral = false",
     "metadata": 'metadata = { plan = "string", seats = "number" }',
     "occurred_at": 'occurred_at = "signed_up_at"',
+    "event_id": 'event_id = "relay_id"',
 }
 EVENT_KEYS = tuple(key for key in EXAMPLES if key != "unlisted")
 
@@ -72,7 +74,7 @@ class Rule:
     coalesce_ms: int = 0  # one call per customer in this window; 0: one for each
     token: str | None = None  # None: RELAY_TOKENS decides
     # None: at_most_once when loyalty or referral is present, else at_least_once
-    delivery: str | None = None
+    delivery: str | None = None  # `verify` has an `event_id`
     limit: Window | None = None  # per customer, for this event
     limit_dry_run: bool = False
     customer: frozenset[str] | None = None  # None: the sender's identity decides
@@ -80,7 +82,13 @@ class Rule:
     referral: bool | None = None
     metadata: Mapping[str, str] | None = None  # name to type; None: anything
     occurred_at: str | None = None  # the property that says when it happened
+    event_id: str | None = None  # the property that names the event
     place: str  # for messages: "events.cart_abandoned" or "defaults"
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """The properties of metadata that the relay sets itself."""
+        return tuple(name for name in (self.occurred_at, self.event_id) if name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +133,11 @@ class Catalog:
     def takes_strangers(self, tokens: str) -> bool:
         """Whether some event needs no token, where `tokens` is the setting's rule."""
         return any((rule.token or tokens) != "required" for rule in self._counting)
+
+    @property
+    def verifies(self) -> bool:
+        """Whether a rule that can count has events looked up in Voucherify."""
+        return any(rule.delivery == "verify" for rule in self._counting)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -197,7 +210,7 @@ def metadata_fault(
             reason = "metadata_type"
         else:
             continue
-        if name == rule.occurred_at:
+        if name in rule.own:
             continue
         path = _dotted(("metadata", name))
         return reason, f"{path} {said} (catalogue: {rule.place}.metadata)."
@@ -379,6 +392,7 @@ def _rule(name: str | None, table: _Table, max_ttl_s: int) -> Rule:
         referral=table.take("referral", _flag, None),
         metadata=table.take("metadata", lambda v: _metadata(v, table), None),
         occurred_at=table.take("occurred_at", _property, None),
+        event_id=table.take("event_id", _property, None),
         place=_dotted(table.path),
     )
     _check_together(rule, table)
@@ -400,20 +414,14 @@ def _check_together(rule: Rule, table: _Table) -> None:
             "make it shorter than ttl",
             "coalesce",
         )
-    kind = (rule.metadata or {}).get(rule.occurred_at or "", "any")
-    if kind not in TIME_TYPES:
-        table.fault(
-            f"metadata lists this name as {kind}, and a time is none: list it as "
-            "datetime, or leave it out there",
-            "occurred_at",
-        )
+    _check_own(rule, table)
     paying = [key for key in ("loyalty", "referral") if getattr(rule, key)]
     if not paying:
         return
     if rule.delivery == "at_least_once":
         table.warn(
             "points could be paid twice after a connection that broke: "
-            'leave it out, or say "at_most_once"',
+            'leave it out, or say "at_most_once" or "verify"',
             "delivery",
         )
     limited = rule.limit is not None and not rule.limit_dry_run
@@ -423,6 +431,30 @@ def _check_together(rule: Rule, table: _Table) -> None:
             f"{unless}any visitor can mint points as often as the general limits "
             'allow: add token = "required", or limit = "3/1d"',
             paying[0],
+        )
+
+
+def _check_own(rule: Rule, table: _Table) -> None:
+    """The properties of metadata that the relay sets."""
+    listed = rule.metadata or {}
+    for key, name, what, types in (
+        ("occurred_at", rule.occurred_at, "a time", TIME_TYPES),
+        ("event_id", rule.event_id, "an id", ID_TYPES),
+    ):
+        kind = listed.get(name or "", "any")
+        if kind not in types:
+            table.fault(
+                f"metadata lists this name as {kind}, and {what} is none: list it as "
+                f"{types[0]}, or leave it out there",
+                key,
+            )
+    if rule.event_id is not None and rule.event_id == rule.occurred_at:
+        table.fault("occurred_at has this name: give it another one", "event_id")
+    if rule.delivery == "verify" and rule.event_id is None:
+        table.fault(
+            "an event is found again by a property of its own: name one, "
+            f"{EXAMPLES['event_id']}",
+            "delivery",
         )
 
 

@@ -17,6 +17,7 @@ from relay.assembly import make_catalog, trusts_strangers
 from relay.catalog import Catalog
 from relay.errors import SettingsError
 from relay.findings import Finding
+from relay.grants import EVENT_SCOPES
 from relay.limits import most_calls
 from relay.probes import look_at_cluster, look_at_redis, on_loopback
 from relay.settings import WHERE, Role, Settings, load_settings
@@ -53,6 +54,7 @@ async def check(
         *_plain_http(settings),
         *_credentials(settings),
         *_budget(settings),
+        *_look_ups(settings, catalog),
     ]
     for more in await asyncio.gather(
         look_at_cluster(settings, now), look_at_redis(settings, now)
@@ -292,4 +294,35 @@ def _budget(settings: Settings) -> Iterator[Finding]:
             cure="Begin it with 4/5s, or use RELAY_UPSTREAM_API=server, unless "
             "Voucherify has raised the limit for you. In Voucherify: Project Settings, "
             "General has the keys of the server API.",
+        )
+
+
+def _look_ups(settings: Settings, catalog: Catalog) -> Iterator[Finding]:
+    """Whether events whose rule is `verify` can be looked up."""
+    if not catalog.verifies:
+        return
+    if settings.upstream_api != "server":
+        yield Finding(
+            level="warning",
+            code="cannot_verify",
+            about="RELAY_UPSTREAM_API",
+            detail='delivery = "verify" counts as "at_most_once": only the server API '
+            "shows what has arrived.",
+            cure="Set RELAY_UPSTREAM_API=server with its keys, or say at_most_once. In "
+            "Voucherify: Project Settings, General has the keys of the server API.",
+        )
+        return
+    if "oauth" not in settings.auth:
+        return
+    scope = settings.oauth_scope or EVENT_SCOPES["server"]
+    if "customers" not in scope and "api" not in scope.split():
+        yield Finding(
+            level="warning",
+            code="look_up_scope",
+            about="RELAY_OAUTH_SCOPE",
+            detail="Tokens of this scope may not read a customer's activity, so an "
+            'event with delivery = "verify" cannot be looked up.',
+            cure='Add the scope for customers: "events customers" with a server-side '
+            "key. In Voucherify: Project Settings, General shows what the key's role "
+            "may do.",
         )

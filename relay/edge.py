@@ -298,10 +298,11 @@ class Edge:
         return admitted if admitted.events else self.answer(admitted, (), None)
 
     def _admit(self, event: Event, sender: Sender, now: float) -> Queueable:
-        ruling = self.policy.judge(event, sender, now=now)
+        event_id = event.id or self._new_id()
+        ruling = self.policy.judge(event, sender, event_id=event_id, now=now)
         who = ruling.customer
         return (
-            event.id or self._new_id(),
+            event_id,
             event.id is not None,
             self._customer_digest(
                 id=who.id, source_id=who.source_id, signed=ruling.signed

@@ -62,6 +62,7 @@ class _Telling(Policy):
         event: Event,
         sender: Sender,
         *,
+        event_id: str,
         now: float,
         say: Callable[[str, str], None] | None = None,
     ) -> Ruling:
@@ -72,6 +73,7 @@ class _Telling(Policy):
             ruling = super().judge(
                 event,
                 sender,
+                event_id=event_id,
                 now=now,
                 say=lambda rule, said: steps.append(_step(rule, said)),
             )

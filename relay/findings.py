@@ -21,6 +21,8 @@ Code = Literal[
     "same_keys",
     "odd_credentials",
     "budget_above_limit",
+    "cannot_verify",
+    "look_up_scope",
     "sandbox_cluster",
     "cluster_unreachable",
     "cluster_tls",

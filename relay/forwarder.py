@@ -4,6 +4,7 @@ Asks the shared budget first, then claims, sends and settles. At least once for
 plain events: settled only after Voucherify has answered. At most once for events
 that pay: what may have arrived is never sent again, it goes to the dead letters as
 `ambiguous`; a durable mark before the first byte tells the two apart after a crash.
+Where its rule is `verify`, it is looked up in Voucherify before either.
 
 Redis may come and go: results are kept until it takes them. Nothing here decides
 about an event's state alone; the scripts do, and only for its present owner.
@@ -11,7 +12,9 @@ about an event's state alone; the scripts do, and only for its present owner.
 
 import asyncio
 import random
+import time
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Protocol
 
 import structlog
@@ -27,6 +30,10 @@ NAP_S = 1.0  # the longest time without a heartbeat, and without a look at the h
 SENT_KEPT = 10_000
 SETTLE_MAX = 128
 BACKOFF_S, BACKOFF_MAX_S = 0.05, 2.0
+# How old a mark may be when the first byte leaves. After 20 s without a heartbeat
+# another forwarder takes the event over, and may have it sent again: whoever stood
+# still for so long (a stopped process, a paused machine) sends it no more.
+MARK_GOOD_S = 10.0
 LAST_SETTLE_S = 3.0  # after the drain: for Redis to take the last results
 
 log = structlog.get_logger()
@@ -36,10 +43,27 @@ def _backoff(attempt: int, told_ms: int | None) -> int:
     return next_delay_ms(attempt, told_ms, random.random)
 
 
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """A moment by both clocks: each stands still where the other one goes on."""
+
+    monotonic: float
+    wall: float
+
+    @classmethod
+    def now(cls) -> "Moment":
+        return cls(time.monotonic(), time.time())
+
+    def passed_s(self) -> float:
+        return max(time.monotonic() - self.monotonic, time.time() - self.wall)
+
+
 class Upstream(Protocol):
     """Whoever can send one event and say what came of it."""
 
     async def send(self, body: bytes) -> Answer: ...
+
+    async def look_up(self, body: bytes, *, proof: str, since_ms: int) -> Answer: ...
 
 
 class Forwarder:
@@ -106,11 +130,15 @@ class Forwarder:
         tick = await self._queue.tick(self.name, free, look_out=look_out, held=held)
         if look_out:
             self._looked_out = now
+        since = Moment.now()
         unmarked = await self._mark(tick.claimed)
         for claimed in tick.claimed:
             task = asyncio.create_task(
                 self._deliver(
-                    claimed, probe=tick.probe, unmarked=unmarked.get(claimed.place)
+                    claimed,
+                    probe=tick.probe,
+                    unmarked=unmarked.get(claimed.place),
+                    since=since,
                 )
             )
             self._in_flight[task] = claimed.place
@@ -124,7 +152,7 @@ class Forwarder:
 
     async def _mark(self, claimed: list[Claimed]) -> dict[str, str]:
         """Mark what must not be sent twice; which may not be sent, and why not."""
-        paying = [c for c in claimed if c.delivery == "at_most_once"]
+        paying = [c for c in claimed if c.once and not c.doubted_ms]
         if not paying:
             return {}
         try:
@@ -167,7 +195,7 @@ class Forwarder:
     # --- one event --------------------------------------------------------------------
 
     async def _deliver(
-        self, claimed: Claimed, *, probe: bool, unmarked: str | None
+        self, claimed: Claimed, *, probe: bool, unmarked: str | None, since: Moment
     ) -> None:
         """Send one event and settle it; `unmarked` says why it may not be sent."""
         if unmarked == "":
@@ -175,8 +203,10 @@ class Forwarder:
         key = (claimed.id, claimed.received_ms)
         if unmarked is not None:
             result = given_back(claimed, unmarked, probe=probe)
-        elif key in self._sent:
+        elif key in self._sent and not claimed.doubted_ms:
             result = interrupted(claimed, "claimed_again")
+        elif claimed.once and since.passed_s() > MARK_GOOD_S:
+            result = given_back(claimed, "stalled", probe=probe)
         else:
             result = await self._send(claimed, key, probe=probe)
         await self._settle(result)
@@ -184,12 +214,12 @@ class Forwarder:
     async def _send(
         self, claimed: Claimed, key: tuple[str, int], *, probe: bool
     ) -> Result:
-        if claimed.delivery == "at_most_once":
+        if claimed.once and not claimed.doubted_ms:
             self._sent[key] = None
             if len(self._sent) > SENT_KEPT:
                 self._sent.popitem(last=False)
         try:
-            answer = await self._upstream.send(claimed.body.encode())
+            answer = await self._ask(claimed)
             result = self._result(claimed, answer, probe=probe)
         except asyncio.CancelledError:  # the drain took too long
             return interrupted(claimed, "drain_timeout")
@@ -200,6 +230,15 @@ class Forwarder:
         if not_processed(result):
             self._sent.pop(key, None)
         return result
+
+    async def _ask(self, claimed: Claimed) -> Answer:
+        """Send it, or look for it first; one call either way, as the budget has it."""
+        body = claimed.body.encode()
+        if not claimed.doubted_ms:
+            return await self._upstream.send(body)
+        return await self._upstream.look_up(
+            body, proof=claimed.proof, since_ms=claimed.doubted_ms
+        )
 
     def _result(self, claimed: Claimed, answer: Answer, *, probe: bool) -> Result:
         result = judged(claimed, answer, probe=probe, backoff=self._backoff)

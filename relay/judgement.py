@@ -6,14 +6,17 @@ the same draws decides alike: the forwarder with real time, a simulation with it
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import msgspec
 
+from relay.outcomes import Hold
 from relay.queue import Claimed, Result
 from relay.verdicts import Answer, Verdict
 
 DEFAULT_PAUSE_MS = 5_000  # a 429 that names no time: the window of the client API
 HELD_MS = 1_000
+ASK_AGAIN_MS = 600_000  # after a look-up that was refused
 
 # Milliseconds until the next try, from the attempt's number and what Voucherify told.
 Backoff = Callable[[int, int | None], int]
@@ -22,7 +25,12 @@ Backoff = Callable[[int, int | None], int]
 def judged(
     claimed: Claimed, answer: Answer, *, probe: bool, backoff: Backoff
 ) -> Result:
-    """What is settled when an answer has come, or surely none will come."""
+    """What is settled when an answer has come, or surely none will come.
+
+    Of an event in doubt it is the answer to the question whether it is there.
+    """
+    if claimed.doubted_ms:
+        answer = _of_look_up(answer)
     verdict, delay_ms = _fate(claimed, answer, backoff)
     return Result(
         lane=claimed.lane,
@@ -55,11 +63,11 @@ def given_back(claimed: Claimed, reason: str, *, probe: bool) -> Result:
 
 def interrupted(claimed: Claimed, reason: str) -> Result:
     """It may have left, and no answer will come: its delivery rule decides."""
-    paying = claimed.delivery == "at_most_once"
+    may_pay_twice = claimed.once and not claimed.doubted_ms
     return Result(
         lane=claimed.lane,
         entry=claimed.entry,
-        verdict="ambiguous" if paying else "retry",
+        verdict="ambiguous" if may_pay_twice else "retry",
         reason=reason,
         delay_ms=HELD_MS,
     )
@@ -67,7 +75,24 @@ def interrupted(claimed: Claimed, reason: str) -> Result:
 
 def not_processed(result: Result) -> bool:
     """Whether the same event may certainly be sent again."""
-    return result.verdict in ("retry", "wait")
+    return result.verdict in ("retry", "wait", "resend")
+
+
+def _of_look_up(answer: Answer) -> Answer:
+    """The same, where a refusal is of the question alone.
+
+    A key may send events and not be allowed to read them: that holds up nothing else,
+    and is asked again later, for a key can be given more rights.
+    """
+    refused = answer.verdict is Verdict.REJECTED or answer.hold in (
+        Hold.AUTH,
+        Hold.CONFIG,
+    )
+    if not refused:
+        return answer
+    return replace(
+        answer, verdict=Verdict.RENEWED, hold=None, retry_after_ms=ASK_AGAIN_MS
+    )
 
 
 def _fate(claimed: Claimed, answer: Answer, backoff: Backoff) -> tuple[str, int]:
@@ -80,10 +105,14 @@ def _fate(claimed: Claimed, answer: Answer, backoff: Backoff) -> tuple[str, int]
         case Verdict.WAIT:
             return "wait", answer.retry_after_ms or DEFAULT_PAUSE_MS
         case Verdict.RENEWED:
-            return "wait", 0
+            return "wait", answer.retry_after_ms or 0
         case Verdict.HOLD:
             return "wait", HELD_MS
-        case Verdict.UNKNOWN if claimed.delivery == "at_most_once":
+        case Verdict.ABSENT:
+            return "resend", 0
+        case Verdict.UNCLEAR:
+            return "ambiguous", 0
+        case Verdict.UNKNOWN if claimed.once and not claimed.doubted_ms:
             return "ambiguous", 0
         case _:
             attempt = claimed.attempts + 1
@@ -93,7 +122,7 @@ def _fate(claimed: Claimed, answer: Answer, backoff: Backoff) -> tuple[str, int]
 def _signal(answer: Answer) -> str:
     """What an answer says about Voucherify as a whole."""
     match answer.verdict:
-        case Verdict.DELIVERED | Verdict.REJECTED:
+        case Verdict.DELIVERED | Verdict.REJECTED | Verdict.ABSENT:
             return "ok"
         case Verdict.RETRY | Verdict.UNKNOWN:
             return "failed"

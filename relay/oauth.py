@@ -264,7 +264,9 @@ class OAuth:
     async def _mint(self, known: int, *, replacement: bool) -> Token | Answer | None:
         """Ask Voucherify for a token and share it; None: another relay was faster."""
         asked_at, grant = self._clock(), self._grant
-        said = await self._transport.post(self._url, grant.headers, grant.form)
+        said = await self._transport.request(
+            "POST", self._url, grant.headers, grant.form
+        )
         issued = read_issued(said, grant, now=self._wall())
         if isinstance(issued, Answer):
             return issued

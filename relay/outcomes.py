@@ -77,6 +77,8 @@ LETTER_CURES = {
     "ttl": "Find out why it waited: a hold, an outage, the budget. If it still "
     "matters, replay with `--new-ttl 24h`; else drop it.",
     "worker_died": "See the log for what ends the relay's processes; then replay.",
+    "stalled": "See that nothing stops or starves the relay's processes; then replay "
+    "with `--new-ttl 24h`.",
     "internal": "A fault of the relay: keep the log and report it; then replay with "
     "`--new-ttl 24h`.",
     "rate_limited": "Compare RELAY_UPSTREAM_BUDGET with Voucherify's limits; then "

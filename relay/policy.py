@@ -67,6 +67,7 @@ class Policy:
         tokens: str = "optional",
         restricted: bool = False,
         gpc: str = "ignore",
+        verifies: bool = False,  # Voucherify can be asked what has arrived
     ) -> None:
         self.catalog = catalog
         self.signer = signer
@@ -74,18 +75,21 @@ class Policy:
         self._tokens = tokens
         self._restricted = restricted
         self._gpc = gpc
+        self._verifies = verifies
 
     def judge(
         self,
         event: Event,
         sender: Sender,
         *,
+        event_id: str,
         now: float,
         say: Callable[[str, str], None] | None = None,
     ) -> Ruling:
         """Let an event pass, or raise `Refused`; takes out of it what must not pass.
 
-        `say` is told each rule that was met and what it came to, for people.
+        `event_id` is its own, given by the sender or made by the relay. `say` is told
+        each rule that was met and what it came to, for people.
         """
         try:
             if sender.gpc:
@@ -110,17 +114,15 @@ class Policy:
                 few = self._restricted and identity is None
                 say("fields", "as an anonymous sender may" if few else "allowed")
             own = None
-            if rule.occurred_at is not None:
-                own = self._own_metadata(event, sender, rule, now, say)
+            if rule.own:
+                own = self._own_metadata(event, event_id, sender, rule, now, say)
         except Refused as refused:
             refused.name, refused.id = event.event, event.id
             raise
-        # Points and referrals are money: never a second delivery that might be one.
-        paying = event.loyalty is not None or event.referral is not None
         return Ruling(
             customer=customer,
             lane=rule.priority,
-            delivery=rule.delivery or ("at_most_once" if paying else "at_least_once"),
+            delivery=self._delivery(event, rule, own),
             ttl_ms=self._ttl_ms if rule.ttl_s is None else rule.ttl_s * 1000,
             signed=identity is not None,
             own=own,
@@ -253,9 +255,22 @@ class Policy:
         if fault is not None:
             raise _forbidden(*fault)
 
+    def _delivery(self, event: Event, rule: Rule, own: Mapping[str, str] | None) -> str:
+        """What happens when Voucherify may have the event already."""
+        if rule.delivery == "verify":
+            # Without its own id in it, or nobody to ask, it cannot be found again.
+            named = self._verifies and own is not None and rule.event_id in own
+            return f"verify:{rule.event_id}" if named else "at_most_once"
+        if rule.delivery is not None:
+            return rule.delivery
+        # Points and referrals are money: never a second delivery that might be one.
+        paying = event.loyalty is not None or event.referral is not None
+        return "at_most_once" if paying else "at_least_once"
+
     def _own_metadata(
         self,
         event: Event,
+        event_id: str,
         sender: Sender,
         rule: Rule,
         now: float,
@@ -272,6 +287,11 @@ class Policy:
             if say is not None:
                 came = f"{quoted(name)} in metadata is {own[name]}"
                 say("occurred_at", f"{came} ({rule.place}.occurred_at)")
+        if (name := rule.event_id) is not None:
+            own[name] = event_id
+            if say is not None:
+                said = f"{quoted(name)} in metadata is the event's own id"
+                say("event_id", f"{said} ({rule.place}.event_id)")
         return own
 
 

@@ -39,6 +39,7 @@ from relay.limits import Limit, Window
 from relay.line import Line
 
 STALE_MS = 20_000  # no heartbeat for so long: dead; with the look-out below < 30 s
+LOOK_UP_MS = 120_000  # from an event of unknown fate until it is looked up
 DEATHS_MAX = 5  # an event that took so many forwarders with it is set aside
 IDLE_CONSUMER_MS = 3_600_000
 OPS_CONNECTIONS = 16
@@ -57,12 +58,23 @@ class Claimed(msgspec.Struct, array_like=True):
     attempts: int  # spent before this one
     id: str
     name: str
-    delivery: str  # at_least_once or at_most_once
+    delivery: str  # at_least_once, at_most_once, or verify: and a property
     body: str  # for Voucherify
+    doubted_ms: int = 0  # when it was sent without an answer: look it up; 0: send it
 
     @property
     def place(self) -> str:
         return f"{self.lane}:{self.entry}"
+
+    @property
+    def once(self) -> bool:
+        """Whether it must not be sent again when it may have arrived."""
+        return self.delivery != "at_least_once"
+
+    @property
+    def proof(self) -> str:
+        """The property of metadata that names it in Voucherify, if its rule has one."""
+        return self.delivery.partition(":")[2]
 
 
 class Tick(msgspec.Struct, array_like=True):
@@ -244,6 +256,7 @@ class Queue:
         dedupe_ms: int = 86_400_000,
         timeout: float = 1.0,
         stale_ms: int = STALE_MS,
+        look_up_ms: int = LOOK_UP_MS,
         scripts: Scripts | None = None,
     ) -> None:
         self._scripts = scripts or Scripts()
@@ -276,6 +289,7 @@ class Queue:
                 reserve,
                 stale_ms,
                 DEATHS_MAX,
+                look_up_ms,
             ]
         )
 

@@ -26,6 +26,12 @@ _Seen = tuple[int, int, int, int]
 _NEVER: _Seen = (-1, -1, -1, -1)  # unlike every file, and unlike none
 
 
+CANNOT_VERIFY = (
+    'delivery = "verify" counts as "at_most_once": only RELAY_UPSTREAM_API=server lets '
+    "the relay look an event up"
+)
+
+
 class CatalogFile:
     """One catalogue file, or none; `catalog` is what counts now."""
 
@@ -35,6 +41,7 @@ class CatalogFile:
         *,
         max_ttl_s: int,
         signing: bool,
+        server_api: bool = False,
         text: str | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -43,6 +50,7 @@ class CatalogFile:
         self._clock = clock
         self._max_ttl_s = max_ttl_s
         self._signing = signing  # whether there are keys to check tokens with
+        self._server_api = server_api  # RELAY_UPSTREAM_API=server
         self._seen: _Seen | None = _NEVER
         self.catalog: Catalog = EMPTY
         self.text = ""
@@ -91,6 +99,8 @@ class CatalogFile:
             )
         for warning in catalog.warnings:
             log.warning("catalog.doubtful", detail=warning)
+        if catalog.verifies and not self._server_api:
+            log.warning("catalog.doubtful", detail=CANNOT_VERIFY)
         self.catalog, self.text = catalog, text
 
     def _stat(self) -> _Seen | None:

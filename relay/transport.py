@@ -85,6 +85,12 @@ class _Request(aiohttp.ClientRequest):
             _WRITTEN.get().set()
         await super().write_bytes(writer, conn, content_length)
 
+    async def send(self, conn: Connection) -> aiohttp.ClientResponse:
+        response = await super().send(conn)
+        if self.method == "GET":  # without a body there was nothing for write_bytes
+            _WRITTEN.get().set()
+        return response
+
 
 async def _without_reason_phrase(
     request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
@@ -113,8 +119,15 @@ class Transport:
         # and authentication we must not use: 0.3 instead of 0.7 ms CPU a request.
         self._transport = AiohttpTransport(trust_env=False, client=self._session)
 
-    async def post(
-        self, url: httpx.URL, headers: Mapping[str, str], body: bytes
+    async def request(
+        self,
+        method: str,
+        url: httpx.URL,
+        headers: Mapping[str, str],
+        body: bytes = b"",
+        *,
+        most: int = MAX_BODY_BYTES,  # of the answer's body, in bytes
+        body_seconds: float = BODY_SECONDS,
     ) -> Reply | Lost:
         """Send one request, and say what came back."""
         # The kernel knows of a closed connection before the event loop has polled for
@@ -122,7 +135,7 @@ class Transport:
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         request = httpx.Request(
-            "POST", url, headers=headers, content=body, extensions=self._timeouts
+            method, url, headers=headers, content=body, extensions=self._timeouts
         )
         written = asyncio.Event()
         reset = _WRITTEN.set(written)
@@ -134,7 +147,8 @@ class Transport:
             return _lost(error, written=written.is_set())
         finally:
             _WRITTEN.reset(reset)
-        read, whole = await _read_body(response, deadline)
+        latest = min(deadline, asyncio.get_running_loop().time() + body_seconds)
+        read, whole = await _read_body(response, latest, most)
         return Reply(
             status=response.status_code,
             headers=dict(response.headers),
@@ -147,7 +161,7 @@ class Transport:
         await self._transport.aclose()
 
     def _session(self) -> aiohttp.ClientSession:
-        return aiohttp.ClientSession(
+        session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
                 limit=self._max_connections,
                 keepalive_timeout=KEEPALIVE_SECONDS,
@@ -159,6 +173,10 @@ class Transport:
             request_class=_Request,
             middlewares=[_without_reason_phrase],
         )
+        # A GET that met a closed connection would be sent again, beside the budget.
+        # There is no argument for it; tests/test_activity.py counts the requests.
+        session._retry_connection = False
+        return session
 
 
 def _lost(error: Exception, *, written: bool) -> Lost:
@@ -170,20 +188,21 @@ def _lost(error: Exception, *, written: bool) -> Lost:
     return Lost(reason=after if written else before, written=written)
 
 
-async def _read_body(response: httpx.Response, deadline: float) -> tuple[bytes, bool]:
+async def _read_body(
+    response: httpx.Response, latest: float, most: int
+) -> tuple[bytes, bool]:
     """Read the body within bounds: as far as it came, and whether that is all."""
     body, whole = bytearray(), False
-    latest = min(deadline, asyncio.get_running_loop().time() + BODY_SECONDS)
     # The status is known and decides: nothing that goes wrong from here on matters.
     with suppress(*_CAUGHT):
         try:
             async with asyncio.timeout_at(latest):
                 async for chunk in response.aiter_raw():
                     body += chunk
-                    if len(body) >= MAX_BODY_BYTES:
+                    if len(body) >= most:
                         break
                 else:
                     whole = True
         finally:  # not read to its end, the connection is closed
             await response.aclose()
-    return bytes(body[:MAX_BODY_BYTES]), whole
+    return bytes(body[:most]), whole

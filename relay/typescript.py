@@ -138,7 +138,7 @@ def _metadata(rule: Rule) -> list[str]:
     if rule.metadata is None:
         return [f"  metadata?: {_ANYTHING};"]
     # What the relay sets itself would be overwritten.
-    types = {k: v for k, v in rule.metadata.items() if k != rule.occurred_at}
+    types = {k: v for k, v in rule.metadata.items() if k not in rule.own}
     if not types:
         return [f"  metadata?: {_NOTHING};"]
     lines = ["  metadata?: {"]

@@ -29,6 +29,8 @@ class Verdict(StrEnum):
     UNKNOWN = "unknown"  # May have been processed: 500, 504, silence after sending.
     REJECTED = "rejected"  # 400, 404, 413, 422, …: the same event would fail again.
     HOLD = "hold"  # No event gets through until somebody acts; see `Answer.hold`.
+    ABSENT = "absent"  # Looked up: it was not processed.
+    UNCLEAR = "unclear"  # Looked up: nobody can tell.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

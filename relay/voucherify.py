@@ -3,19 +3,20 @@
 Whatever the upstream does, `Voucherify.send` gives an `Answer` and raises nothing.
 An event makes points and has no idempotency key: a failure counts as `retry` only
 when the request was certainly not written; in doubt it is `unknown`. One call is one
-request at most: a second one would escape the budget that all relays share.
+request at most: a second one would escape the budget that all relays share. Nor does
+`Voucherify.look_up`, which asks whether an event of unknown fate has arrived.
 """
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import httpx
 from pydantic import SecretStr
 
-from relay import __version__
+from relay import __version__, activity
 from relay.grants import Grant
 from relay.oauth import OAuth, Token, TokenStore
 from relay.transport import Lost, Transport
@@ -95,15 +96,34 @@ class Voucherify:
         """Send one event, JSON in `body`, and say what became of it."""
         if not body:
             raise ValueError("an event has a body: there is nothing to send")
+        return await self._with_token(lambda token: self._post(body, token))
+
+    async def look_up(self, body: bytes, *, proof: str, since_ms: int) -> Answer:
+        """Look for an event in its customer's activity: whether it has arrived.
+
+        `body` is as it was sent, `proof` the property of its metadata whose value no
+        other event has, `since_ms` Unix time in ms before the first byte left. The
+        verdict is DELIVERED, ABSENT or UNCLEAR, or what there was instead of an answer.
+        """
+        if self._api != "server":
+            return Answer(verdict=Verdict.UNCLEAR, reason="look_up_needs_server_api")
+        asked = activity.asked(body, proof=proof, since_ms=since_ms)
+        if asked is None:
+            return Answer(verdict=Verdict.UNCLEAR, reason="look_up_impossible")
+        return await self._with_token(lambda token: self._get(asked, token))
+
+    async def _with_token(
+        self, call: Callable[[Token | None], Awaitable[Answer]]
+    ) -> Answer:
         if self._oauth is None:
-            return await self._post(body, None)
+            return await call(None)
         token = await self._oauth.token()
         if isinstance(token, Answer):
             return token
-        answer = await self._post(body, token)
+        answer = await call(token)
         if answer.status == 401:
             return await self._oauth.refused(token, answer)
-        if answer.verdict is Verdict.DELIVERED:
+        if answer.verdict in (Verdict.DELIVERED, Verdict.ABSENT):
             self._oauth.worked(token)
         return answer
 
@@ -114,18 +134,39 @@ class Voucherify:
         await self._transport.aclose()
 
     async def _post(self, body: bytes, token: Token | None) -> Answer:
-        headers, secrets = self._headers, self._secrets
-        if token is not None:
-            bearer = token.value.get_secret_value()
-            headers = headers | {"Authorization": f"Bearer {bearer}"}
-            secrets = [*secrets, bearer]
-        said = await self._transport.post(self._url, headers, body)
+        headers, secrets = self._signed(token)
+        said = await self._transport.request("POST", self._url, headers, body)
         if isinstance(said, Lost):
             fate = Verdict.UNKNOWN if said.written else Verdict.RETRY
             return Answer(verdict=fate, reason=said.reason)
         return read_answer(
             said.status, said.headers, said.body, now=self._wall(), secrets=secrets
         )
+
+    async def _get(self, asked: activity.Asked, token: Token | None) -> Answer:
+        headers, secrets = self._signed(token)
+        headers.pop("Content-Type")
+        said = await self._transport.request(
+            "GET",
+            httpx.URL(self._base_url + asked.path, params=asked.params),
+            headers,
+            most=activity.MAX_BYTES,
+            body_seconds=activity.BODY_SECONDS,
+        )
+        if isinstance(said, Lost):  # a question may be put again, whatever became of it
+            return Answer(verdict=Verdict.RETRY, reason=said.reason)
+        answer = read_answer(
+            said.status, said.headers, said.body, now=self._wall(), secrets=secrets
+        )
+        return activity.judged(asked, answer, said.body, whole=said.whole)
+
+    def _signed(self, token: Token | None) -> tuple[dict[str, str], list[str]]:
+        """The headers with the credentials, and what nobody may be told of them."""
+        if token is None:
+            return dict(self._headers), self._secrets
+        bearer = token.value.get_secret_value()
+        signed = self._headers | {"Authorization": f"Bearer {bearer}"}
+        return signed, [*self._secrets, bearer]
 
 
 def _headers(api: Api, origin: str | None, keys: Keys | None) -> dict[str, str]:

@@ -144,7 +144,7 @@ class Forwarder:
 
     async def _mark(self, claimed: list[Claimed]) -> dict[str, str]:
         """Mark what must not be sent twice; which may not be sent, and why not."""
-        paying = [c for c in claimed if c.delivery == "at_most_once"]
+        paying = [c for c in claimed if c.once]
         if not paying:
             return {}
         try:
@@ -169,7 +169,7 @@ class Forwarder:
     # --- one call -------------------------------------------------------------------
 
     def _send(self, claimed: Claimed, key: tuple[str, int], *, probe: bool) -> None:
-        if claimed.delivery == "at_most_once":
+        if claimed.once:
             self._sent[key] = None
             if len(self._sent) > SENT_KEPT:
                 self._sent.popitem(last=False)

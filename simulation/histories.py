@@ -25,6 +25,7 @@ from hypothesis.stateful import (
 )
 from redis.asyncio import Redis
 
+from relay.forwarder import MARK_GOOD_S
 from relay.judgement import given_back, interrupted, judged, not_processed
 from relay.limits import parse_budget
 from relay.queue import COALESCED, DUPLICATE, QUEUED, Claimed, Event, Queue, Result
@@ -45,6 +46,8 @@ CUSTOMERS = ("ann", "bob", "cem", "dee", "eli", "fay")
 TTL_MS = (2_000, 72 * 3_600_000, 72 * 3_600_000)
 WAITS_MS = (1, 1_000, 2_500, 4_999, 5_100, 5_100, 12_000, 59_999, 3_700_000)
 WINDOW_MS = 20_000  # to coalesce in
+RULES = ("at_least_once", "at_most_once", "verify:n")
+LOOK_UP_MS = 30_000  # instead of two minutes: histories are short
 RARELY = st.sampled_from((False, False, False, True))
 STEPS_MS = (-3_600_000, -60_000, -1_500, -400, 400, 60_000)
 
@@ -101,7 +104,7 @@ class Held:
 
     claimed: Claimed
     probe: bool
-    marked: bool = False
+    marked_ms: int | None = None  # by the forwarder's own clock
     result: Result | None = None  # to be settled
 
 
@@ -151,7 +154,7 @@ class Histories(RuleBasedStateMachine):
     @rule(
         customers=st.lists(st.sampled_from(CUSTOMERS), min_size=1, max_size=6),
         lane=st.sampled_from(("high", "normal", "low")),
-        delivery=st.sampled_from(("at_least_once", "at_most_once")),
+        delivery=st.sampled_from(RULES),
         ttl_ms=st.sampled_from(TTL_MS),
         lost=RARELY,
         again=RARELY,
@@ -194,7 +197,7 @@ class Histories(RuleBasedStateMachine):
 
     @rule(
         customers=st.lists(st.sampled_from(CUSTOMERS), min_size=1, max_size=4),
-        delivery=st.sampled_from(("at_least_once", "at_most_once")),
+        delivery=st.sampled_from(RULES),
         ttl_ms=st.sampled_from(TTL_MS),
         lost=RARELY,
     )
@@ -275,8 +278,9 @@ class Histories(RuleBasedStateMachine):
         paying = [
             held
             for held in hands.held.values()
-            if held.claimed.delivery == "at_most_once"
-            and not held.marked
+            if held.claimed.once
+            and not held.claimed.doubted_ms
+            and held.marked_ms is None
             and held.result is None
         ]
         if not paying:
@@ -290,7 +294,7 @@ class Histories(RuleBasedStateMachine):
             if lost:
                 held.result = given_back(held.claimed, "lost", probe=held.probe)
             elif ours:
-                held.marked = True
+                held.marked_ms = self._clock.now_ms
             else:
                 del hands.held[held.claimed.place]
 
@@ -299,8 +303,7 @@ class Histories(RuleBasedStateMachine):
         ready = [
             held
             for held in hands.held.values()
-            if held.result is None
-            and (held.marked or held.claimed.delivery == "at_least_once")
+            if held.result is None and self._may_leave(held)
         ]
         if ready:
             self._send(hands, ready[pick % len(ready)], kind, 4_000)
@@ -326,8 +329,7 @@ class Histories(RuleBasedStateMachine):
             self.mark(who, lost=False)
         if ends in ("sent", "settled"):
             for held in list(hands.held.values()):
-                paying = held.claimed.delivery == "at_most_once"
-                if held.result is None and (held.marked or not paying):
+                if held.result is None and self._may_leave(held):
                     self._send(hands, held, kind, 1_000)
         if ends == "settled":
             self.settle(who, lost=False)
@@ -458,6 +460,7 @@ class Histories(RuleBasedStateMachine):
                 budget=parse_budget(budget),
                 egress=EGRESS,
                 timeout=10.0,
+                look_up_ms=LOOK_UP_MS,
                 scripts=self._scripts,
             )
             for name, budget in BUDGETS.items()
@@ -471,13 +474,25 @@ class Histories(RuleBasedStateMachine):
         self._named += 1
         return Hands(f"{who}{self._named}", who)
 
+    def _may_leave(self, held: Held) -> bool:
+        """Marked, or nothing to mark."""
+        claimed = held.claimed
+        return (
+            not claimed.once or bool(claimed.doubted_ms) or held.marked_ms is not None
+        )
+
     def _send(self, hands: Hands, held: Held, kind: str, delay_ms: int) -> None:
         claimed = held.claimed
         key = (claimed.id, claimed.received_ms)
+        if claimed.doubted_ms:
+            return self._look_up(hands, held, kind, delay_ms)
         if key in hands.sent:
             held.result = interrupted(claimed, "claimed_again")
-            return
-        if claimed.delivery == "at_most_once":
+            return None
+        if held.marked_ms is not None:
+            if self._clock.now_ms - held.marked_ms > MARK_GOOD_S * 1000:
+                held.result = given_back(claimed, "stalled", probe=held.probe)
+                return None
             hands.sent.add(key)
         answer, taken = ANSWERS[kind]
         now = self._clock.now_ms
@@ -491,6 +506,21 @@ class Histories(RuleBasedStateMachine):
         self._referee.judged(claimed, held.result)
         if not_processed(held.result):
             hands.sent.discard(key)
+        return None
+
+    def _look_up(self, hands: Hands, held: Held, kind: str, delay_ms: int) -> None:
+        """Ask Voucherify, which tells the truth where it answers at all."""
+        claimed = held.claimed
+        answer, _ = ANSWERS[kind]
+        if answer.verdict is Verdict.DELIVERED:
+            there = bool(self._referee.events[claimed.id].processed)
+            found = Verdict.DELIVERED if there else Verdict.ABSENT
+            answer = Answer(verdict=found, reason="asked", status=200)
+        held.result = judged(
+            claimed, answer, probe=held.probe, backoff=lambda _, told: told or delay_ms
+        )
+        if not_processed(held.result):
+            hands.sent.discard((claimed.id, claimed.received_ms))
 
     def _settle(self, hands: Hands, held: Held, *, lost: bool) -> None:
         result, name = held.result, held.claimed.id
@@ -503,12 +533,20 @@ class Histories(RuleBasedStateMachine):
             assert after.dead == before.dead
         else:
             ends = [end for id_, end in after.dead if id_ == name]
-            assert self._fits(result, ends, waits=name in after.waiting), (result, ends)
+            fits = self._fits(held.claimed, result, ends, waits=name in after.waiting)
+            assert fits, (held.claimed, result, ends)
         if not lost:
             del hands.held[held.claimed.place]
 
-    def _fits(self, result: Result, ends: list[str], *, waits: bool) -> bool:
+    def _fits(
+        self, claimed: Claimed, result: Result, ends: list[str], *, waits: bool
+    ) -> bool:
         """The delivery table: where an event is after its result was settled."""
+        if result.verdict == "ambiguous" and claimed.proof:  # to be looked up
+            return waits if not ends else ends == ["ambiguous"]
+        too_old = "ambiguous" if claimed.doubted_ms else "expired"
+        if result.verdict == "resend":
+            too_old = "expired"
         match result.verdict:
             case "delivered":
                 return not ends and not waits
@@ -519,7 +557,7 @@ class Histories(RuleBasedStateMachine):
                     "rejected"
                 ]:
                     return not waits
-                return ends == ["expired"] if ends else waits
+                return ends == [too_old] if ends else waits
 
     def _left(self) -> Left:
         return self._do(leave(self._client, self._queues["a"]))

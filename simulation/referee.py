@@ -184,7 +184,7 @@ class Referee:
         """What holds for every scenario."""
         twice, lost, untrue = self._outcomes(left)
         return [
-            _none("once", self._paid_twice(), "at_most_once processed twice"),
+            _none("once", self._paid_twice(), "processed twice that must not be"),
             _none("accounted", self._unaccounted(left), "unaccounted"),
             _none("one_outcome", twice, "events with two outcomes"),
             _none("lost", lost, "counted as delivered, and never processed"),
@@ -253,7 +253,11 @@ class Referee:
         return good / whole if whole else None
 
     def _paid_twice(self) -> int:
-        return self.duplicates("at_most_once")
+        return sum(
+            self.duplicates(rule)
+            for rule in {event.delivery for event in self.events.values()}
+            if rule != "at_least_once"
+        )
 
     def _unaccounted(self, left: Left) -> int:
         """By our own sum: what was received less outcomes and what waits."""
@@ -283,7 +287,7 @@ class Referee:
         event = self.events.get(name)
         if event is None:
             return False
-        paying = event.delivery == "at_most_once"
+        paying = event.delivery != "at_least_once"
         match outcome:
             case Outcome.AMBIGUOUS:  # it may have left
                 return paying and event.marked

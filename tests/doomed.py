@@ -33,6 +33,7 @@ from tests.support import eventually
 # 4 s, and at least a heartbeat a second.
 STALE_MS = 500
 LOOK_OUT_S = 0.1
+LOOK_UP_MS = 100
 NAP_S = 0.1
 DELIVERED_WITHIN_S = 120.0
 
@@ -50,6 +51,7 @@ class Order(msgspec.Struct, kw_only=True, frozen=True):
     application_id: str
     client_token: str
     origin: str
+    server_keys: tuple[str, str] | None = None  # instead: those of the server API
     step: str = ""  # nowhere: it delivers all there is, and ends
     part: float = 0.0  # that leaves at `first bytes`: of the head, beyond 1 of the body
     server: int = 0  # of the Redis that is killed at the step
@@ -171,6 +173,7 @@ class DoomedQueue(Queue):
             prefix=order.prefix,
             timeout=5.0,
             stale_ms=STALE_MS,
+            look_up_ms=LOOK_UP_MS,
             scripts=_scripts(),
         )
         self._death = death
@@ -227,6 +230,12 @@ class DoomedUpstream:
         await self._death.at("answered")
         return answer
 
+    async def look_up(self, body: bytes, *, proof: str, since_ms: int) -> Answer:
+        await self._death.at("in doubt")
+        answer = await self._upstream.look_up(body, proof=proof, since_ms=since_ms)
+        await self._death.at("looked up")
+        return answer
+
 
 @cache
 def _scripts() -> Scripts:
@@ -234,17 +243,20 @@ def _scripts() -> Scripts:
 
 
 @cache
-def _voucherify(url: str, application_id: str, token: str, origin: str) -> Voucherify:
+def _voucherify(url: str, app_id: str, token: str, origin: str | None) -> Voucherify:
     """Made before the fork: it reads every certificate of the machine. It connects
     only when it first sends."""
     return Voucherify(
         base_url=url,
+        api="server" if origin is None else "client",
         origin=origin,
-        keys=Keys(app_id=application_id, token=SecretStr(token)),
+        keys=Keys(app_id=app_id, token=SecretStr(token)),
     )
 
 
 def _upstream(order: Order) -> Voucherify:
+    if order.server_keys is not None:
+        return _voucherify(order.cluster, *order.server_keys, None)
     return _voucherify(
         order.cluster, order.application_id, order.client_token, order.origin
     )
@@ -362,7 +374,7 @@ def relay() -> None:
     """Run `relay …` whole, with the short times of this module."""
     forwarder.NAP_S = NAP_S
     vars(assembly).update(
-        Queue=partial(Queue, stale_ms=STALE_MS),
+        Queue=partial(Queue, stale_ms=STALE_MS, look_up_ms=LOOK_UP_MS),
         Forwarder=partial(Forwarder, look_out_s=LOOK_OUT_S),
     )
     cli.main()

@@ -33,6 +33,7 @@ LAYERS = [
     {"forecast", "line"},
     {"oauth", "policy"},
     {"grants", "answers", "typescript"},
+    {"activity"},
     {"catalog", "signing", "transport", "verdicts"},
     {"events", "limits", "origins", "retry", "digests", "toml_lines", "browsers"},
     {"addresses"},
@@ -42,6 +43,7 @@ LEVEL = {name: depth for depth, row in enumerate(LAYERS) for name in row}
 
 # Sans-I/O: bytes and values in, values out.
 PURE = {
+    "activity",
     "addresses",
     "answers",
     "browsers",

@@ -16,6 +16,7 @@ from relay.catalog import (
     EMPTY,
     EVENT_KEYS,
     EXAMPLES,
+    ID_TYPES,
     LANES,
     MAX_CHARS,
     MAX_LINE,
@@ -178,6 +179,8 @@ def test_the_order_is_that_of_the_file() -> None:
         ('metadata = { "" = "any" }', "metadata", {"": "any"}),
         ('occurred_at = "at"', "occurred_at", "at"),
         ('occurred_at = "a b\\n"', "occurred_at", "a b\n"),
+        ('event_id = "a b\\n"', "event_id", "a b\n"),
+        ('delivery = "verify"\nevent_id = "n"', "delivery", "verify"),
     ],
 )
 def test_a_value_is_read(body: str, key: str, value: object) -> None:
@@ -207,7 +210,9 @@ def test_a_byte_order_mark_and_windows_lines_do_not_matter() -> None:
         ('coalesce = "31d"', "must be from 1s to 30d"),
         ("coalesce = false", "must be a time in quotes, not false"),
         ("token = true", "must be off, optional, required or dry_run, not true"),
-        ('delivery = "twice"', "must be at_least_once or at_most_once"),
+        ('delivery = "twice"', "must be at_least_once, at_most_once or verify"),
+        ("event_id = 1", "must be a name in quotes, not a number"),
+        ('event_id = ""', "must be the name of a property, not empty"),
         ("limit = 3", "must be a rate in quotes, not a number"),
         ("limit = { quota = 3 }", "must be a rate in quotes, not a table"),
         ('limit = "3"', '"3" cannot be read: it has no window'),
@@ -547,18 +552,61 @@ def test_without_a_list_any_metadata_passes() -> None:
 
 
 @pytest.mark.parametrize("kind", METADATA_TYPES)
-def test_a_listed_property_must_be_one_that_a_time_fits(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("key", "what", "types"),
+    [("occurred_at", "a time", TIME_TYPES), ("event_id", "an id", ID_TYPES)],
+)
+def test_a_listed_property_must_be_one_that_what_the_relay_says_fits(
+    key: str, what: str, types: tuple[str, ...], kind: str
+) -> None:
     text = (
-        f'[events.x]\npriority = "low"\noccurred_at = "a b"\n'
+        f'[events.x]\npriority = "low"\n{key} = "a b"\n'
         f'[events.x.metadata]\n"a b" = "{kind}"\n'
     )
-    if kind in TIME_TYPES:
-        assert parse(text).rules["x"].occurred_at == "a b"
+    if kind in types:
+        assert parse(text).rules["x"].own == ("a b",)
         return
     assert faults(text) == [
-        f"line 3: events.x.occurred_at: metadata lists this name as {kind}, and a time "
-        "is none: list it as datetime, or leave it out there"
+        f"line 3: events.x.{key}: metadata lists this name as {kind}, and {what} "
+        f"is none: list it as {types[0]}, or leave it out there"
     ]
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (
+            'delivery = "verify"',
+            "events.x.delivery: an event is found again by a property of its own: name "
+            'one, event_id = "relay_id"',
+        ),
+        (
+            'occurred_at = "n"\nevent_id = "n"',
+            "events.x.event_id: occurred_at has this name: give it another one",
+        ),
+    ],
+)
+def test_what_the_relay_says_itself_must_fit_together(body: str, said: str) -> None:
+    assert fault(body) == said
+
+
+@pytest.mark.parametrize(
+    ("text", "verifies"),
+    [
+        ("[events.x]\n", False),
+        ('[events.x]\nevent_id = "n"\n', False),
+        ('[events.x]\ndelivery = "verify"\nevent_id = "n"\n', True),
+        ('[defaults]\ndelivery = "verify"\nevent_id = "n"\n', True),
+        (
+            '[defaults]\nunlisted = "reject"\ndelivery = "verify"\nevent_id = "n"\n',
+            False,
+        ),
+    ],
+)
+def test_a_catalogue_tells_whether_events_are_looked_up(
+    text: str, verifies: bool
+) -> None:
+    assert parse(text).verifies == verifies
 
 
 @pytest.mark.parametrize(
@@ -576,9 +624,12 @@ def test_a_listed_event_inherits_no_property() -> None:
 
 
 @pytest.mark.parametrize("value", ["then", 5, None, {}, "2030-01-31T09:00:00Z"])
-@pytest.mark.parametrize("listed", ["", 'at = "datetime", '])
-def test_what_will_be_overwritten_is_no_fault(value: object, listed: str) -> None:
-    own = rule(f'occurred_at = "at"\nmetadata = {{ {listed}n = "number" }}')
+@pytest.mark.parametrize("listed", ["", 'at = "string", '])
+@pytest.mark.parametrize("key", ["occurred_at", "event_id"])
+def test_what_will_be_overwritten_is_no_fault(
+    key: str, value: object, listed: str
+) -> None:
+    own = rule(f'{key} = "at"\nmetadata = {{ {listed}n = "number" }}')
     assert metadata_fault(own, {"at": value, "n": 1}) is None
     found = metadata_fault(own, {"at": value, "n": "1"})
     assert found is not None
@@ -655,7 +706,7 @@ def test_the_table_of_keys_tells_the_defaults() -> None:
     assert (told["ttl"], told["token"]) == (["RELAY_TTL"], ["RELAY_TOKENS"])
     for key in ("coalesce", "delivery", "limit", "customer", "loyalty", "referral"):
         assert told[key] == []
-    assert told["occurred_at"] == []
+    assert told["occurred_at"] == told["event_id"] == []
 
 
 @pytest.mark.parametrize("key", EVENT_KEYS)

@@ -568,10 +568,18 @@ def reasons_of_dead_letters() -> set[str]:
     found |= {verdicts._REASONS[Verdict.WAIT]}
     for source in LUA.values():
         found |= set(re.findall(r"bury\(\w+, \w+, '\w+', '(\w+)'", source))
+        found |= set(re.findall(r"expire\(\w+, \w+, '(\w+)'", source))
+        found |= set(re.findall(r"doubt\(\w+, \w+, \w+, \w+, '(\w+)'", source))
     for tree in trees("forwarder"):
         for name, call in calls(tree):
-            if name == "interrupted":
+            if name in ("interrupted", "given_back"):
                 found |= set(texts(call.args[1]))
+    for tree in trees("activity", "voucherify"):
+        for _, call in calls(tree):
+            given = {word.arg: word.value for word in call.keywords}
+            # What was found, or was not, is no reason to be buried.
+            if reason := given.get("reason"):
+                found |= set(texts(reason)) - {"found", "not_found"}
     for tree in trees("verdicts"):
         found |= {
             text.replace("*", "<status>")

@@ -529,3 +529,120 @@ async def test_the_shared_budget_paces_two_forwarders(
     assert all(later - first >= 1.0 for first, later in zip(at, at[4:], strict=False))
     for queue in paced:
         await queue.aclose()
+
+
+# --- looked up before it is sent again ---------------------------------------------
+
+VERIFY = "verify:relay_id"
+
+
+@pytest.fixture
+async def asking(valkey_url: str, prefix: str) -> AsyncIterator[Delivery]:
+    """The same with the server API, where what may have arrived can be looked up."""
+    config = SandboxConfig()
+    async with serve_sandbox(config) as running:
+        queue = Queue(url=valkey_url, prefix=prefix, timeout=5.0, look_up_ms=20)
+        upstream = Voucherify(
+            base_url=running.url,
+            api="server",
+            keys=Keys(
+                app_id=config.server_app_id, token=SecretStr(config.server_app_token)
+            ),
+            timeout=1.0,
+        )
+        bench = Bench(
+            queue, Clock(valkey_url, prefix), redis.asyncio.Redis.from_url(valkey_url)
+        )
+        yield Delivery(bench, running.sandbox, upstream, running.url)
+        await bench.balanced()
+        await upstream.aclose()
+        await bench.aclose()
+        running.sandbox.assert_clean()
+
+
+async def send_named(
+    asking: Delivery, name: str, rule: str = PLAIN, **more: object
+) -> None:
+    body = {
+        "event": name,
+        "customer": {"source_id": f"c-{name}"},
+        "metadata": {"relay_id": f"id-{name}"},
+    }
+    made = event(f"id-{name}", name=name, delivery=rule, body=json.dumps(body), **more)  # type: ignore[arg-type]  # event()'s own keywords
+    await asking.bench.take(made)
+
+
+async def noted(delivery: Delivery, field: str) -> int:
+    """What this hour has counted; an hour may end in between."""
+    keys = [
+        key
+        async for key in delivery.bench.client.scan_iter(
+            f"{delivery.bench.queue.prefix}:hour:*"
+        )
+    ]
+    counts = [await delivery.bench.client.hget(key, field) for key in keys]
+    return sum(int(count) for count in counts if count)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"status": 500, "at": "after_record"},
+        {"disconnect": "reset", "at": "after_record"},
+        {"disconnect": "close", "at": "after_record", "delay": 1.5},
+        {"status": 500},
+        {"disconnect": "close", "at": "before_record"},
+        {"status": 504},
+    ],
+    ids=str,
+)
+async def test_what_may_have_arrived_is_looked_up_and_arrives_once(
+    asking: Delivery, fault: dict[str, object]
+) -> None:
+    asking.sandbox.fail_next(**fault)  # type: ignore[arg-type]  # its own keywords
+    async with asking.forwarder():
+        await send_named(asking, "a", VERIFY)
+        assert await asking.settled() == {"delivered": 1}
+    assert asking.sandbox.event_names() == ["a"]
+    found = fault.get("at") == "after_record"
+    assert await noted(asking, "doubted") == 1
+    assert await noted(asking, "doubt_found") == found
+    assert await noted(asking, "doubt_absent") == (not found)
+
+
+async def test_it_may_be_doubtful_again_and_again(asking: Delivery) -> None:
+    asking.sandbox.fail_next(2, status=500)
+    asking.sandbox.fail_next(status=500, at="after_record")
+    asking.sandbox.fail_next(2, status=503, on="activity")
+    async with asking.forwarder():
+        await send_named(asking, "a", VERIFY)
+        assert await asking.settled() == {"delivered": 1}
+    assert asking.sandbox.event_names() == ["a"]
+    assert await noted(asking, "doubted") == 3
+
+
+async def test_a_question_that_is_refused_holds_up_nothing_else(
+    asking: Delivery,
+) -> None:
+    asking.sandbox.fail_next(None, status=403, on="activity")
+    asking.sandbox.fail_next(status=500, event="a")
+    async with asking.forwarder():
+        await send_named(asking, "a", VERIFY)
+
+        async def refused() -> bool:
+            return any(r.status == 403 for r in asking.sandbox.requests)
+
+        await eventually(refused)
+        await send_named(asking, "b")
+
+        async def delivered() -> bool:
+            return await asking.outcomes() == {"delivered": 1}
+
+        await eventually(delivered)
+    gauges = await asking.bench.gauges()
+    assert (gauges["hold"], gauges["delayed"]) == ("", "1")
+    assert asking.sandbox.event_names() == ["b"]
+    # Ten minutes later; nothing is spent meanwhile.
+    delayed = f"{asking.bench.queue.prefix}:delayed"
+    now_ms = int(time.time() * 1000)
+    assert await asking.bench.client.zcount(delayed, now_ms + 500_000, "+inf") == 1

@@ -79,7 +79,9 @@ async def test_a_token_request_carries_exactly_this(
 ) -> None:
     recorder, transport = Recorder(), Transport()
     async with serve(recorder.app, lifespan="off") as url:
-        await transport.post(httpx.URL(url + grant.path), grant.headers, grant.form)
+        await transport.request(
+            "POST", httpx.URL(url + grant.path), grant.headers, grant.form
+        )
         await transport.aclose()
     assert recorder.path == f"POST {path}"
     assert dict(recorder.headers) == credentials | {

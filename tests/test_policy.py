@@ -24,6 +24,7 @@ from relay.policy import Policy, Ruling, Sender
 from relay.signing import LEEWAY_S, PURPOSE, Signer
 
 NOW = 1_800_000_000
+OWN_ID = "own-1"
 SHOP = "https://shop.example"
 KEY, OTHER_KEY = "k" * 40, "o" * 40
 SIGNER = Signer([KEY])
@@ -130,7 +131,7 @@ def sender(
 def passed(
     rules: Policy, what: Event | None = None, who: Sender | None = None
 ) -> Ruling:
-    return rules.judge(what or event(), who or sender(), now=NOW)
+    return rules.judge(what or event(), who or sender(), event_id=OWN_ID, now=NOW)
 
 
 def refused(
@@ -139,7 +140,7 @@ def refused(
     """The refusal, with what all of them keep to."""
     what = what or event()
     with pytest.raises(Refused) as caught:
-        rules.judge(what, who or sender(), now=NOW)
+        rules.judge(what, who or sender(), event_id=OWN_ID, now=NOW)
     refusal = caught.value
     assert (refusal.name, refusal.id) == (what.event, what.id)
     assert re.fullmatch(r"[a-z_]+", refusal.reason)
@@ -842,6 +843,33 @@ def test_without_the_rule_nothing_is_said_and_the_age_goes_no_further(
     assert passed(policy(rules=rules), event(age=1_500)).own is None
 
 
+VERIFY = 'delivery = "verify"\nevent_id = "n"'
+
+
+def test_the_relay_says_the_id_of_the_event() -> None:
+    rules = catalog('event_id = "n"\noccurred_at = "at"')
+    assert own(rules, event(metadata={"n": "forged"})) == {"n": OWN_ID, "at": AT}
+
+
+@pytest.mark.parametrize(
+    ("server", "signal", "metadata", "delivery"),
+    [
+        (True, False, None, "verify:n"),
+        (True, False, {"n": "forged"}, "verify:n"),
+        # Nobody to ask, or nothing to find it by: then never a second time.
+        (False, False, None, "at_most_once"),
+        (True, True, {"n": "forged"}, "at_most_once"),
+    ],
+)
+def test_only_what_can_be_found_again_is_looked_up(
+    server: bool, signal: bool, metadata: object, delivery: str
+) -> None:
+    rules = Policy(ttl_ms=1, catalog=catalog(VERIFY), gpc="strip", verifies=server)
+    ruling = passed(rules, event(metadata=metadata), sender(gpc=signal))
+    assert ruling.delivery == delivery
+    assert ruling.own == ({} if signal else {"n": OWN_ID})
+
+
 def test_what_a_page_says_in_its_place_is_not_looked_at() -> None:
     rules = catalog('occurred_at = "at"\nmetadata = { n = "number" }')
     values: list[object] = ["never", 5, None, [{}]]
@@ -880,6 +908,7 @@ def test_what_the_relay_says_itself_is_told_with_its_rule(gpc: str, said: str) -
     rules.judge(
         event(age=1_500),
         sender(gpc=True),
+        event_id=OWN_ID,
         now=NOW,
         say=lambda rule, came: told.append(f"{rule}: {came}"),
     )
@@ -895,6 +924,7 @@ def test_each_rule_that_was_met_is_said() -> None:
     rules.judge(
         event(),
         sender(token(), gpc=True),
+        event_id=OWN_ID,
         now=NOW,
         say=lambda rule, came: said.append((rule, came)),
     )
@@ -914,7 +944,11 @@ def test_what_says_no_is_the_last_that_is_said() -> None:
     said: list[str] = []
     with pytest.raises(Refused):
         policy("required").judge(
-            event(), sender(), now=NOW, say=lambda rule, _: said.append(rule)
+            event(),
+            sender(),
+            event_id=OWN_ID,
+            now=NOW,
+            say=lambda rule, _: said.append(rule),
         )
     assert said == ["catalogue"]
 
@@ -1131,7 +1165,11 @@ def test_no_refusal_repeats_a_value_or_a_token(
     said: list[str] = []
     try:
         ruling = rules.judge(
-            what, who, now=NOW, say=lambda rule, came: said.extend((rule, came))
+            what,
+            who,
+            event_id=OWN_ID,
+            now=NOW,
+            say=lambda rule, came: said.extend((rule, came)),
         )
     except Refused as refusal:
         said.append(refusal.detail)

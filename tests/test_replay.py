@@ -253,6 +253,32 @@ async def test_ambiguous_ones_are_sent_only_when_they_may_pay_twice(
     assert (told.state, told.sent, told.delivered) == ("done", 3, 3)
 
 
+@pytest.mark.parametrize(
+    ("verdict", "delivery", "looked_up"),
+    [
+        ("ambiguous", "verify:relay_id", True),
+        ("ambiguous", "at_most_once", False),
+        ("rejected", "verify:relay_id", False),
+    ],
+)
+async def test_where_it_can_be_it_is_looked_up_before_it_is_sent_again(
+    bench: Bench, verdict: str, delivery: str, looked_up: bool
+) -> None:
+    received_ms = bench.clock.us // 1000
+    await bury(bench, 1, verdict, delivery=delivery, ttl_ms=1_000)
+    await bench.clock.pass_ms(5_000)
+    claims: list[Claimed] = []
+
+    async def deliver(claimed: list[Claimed]) -> None:
+        claims.extend(claimed)
+        await bench.settle(*(result(c, "delivered") for c in claimed))
+
+    plan = Plan(may_pay_twice=True, new_ttl_ms=TTL_MS)
+    told = await go(bench, await begun(bench, plan), deliver)
+    assert (told.state, told.delivered) == ("done", 1)
+    assert [c.doubted_ms for c in claims] == [received_ms if looked_up else 0]
+
+
 async def test_two_letters_of_one_event_are_replayed_once(bench: Bench) -> None:
     [entry] = await bury(bench, 1)
     letter = await bench.queue.letter(entry)

@@ -142,7 +142,7 @@ local function open_place(packed, event, until_ms)
   if due > now_ms then
     postpone(fresh(packed, now_ms), due)
   else
-    append(event.lane, packed)
+    append(event.lane, 'e', packed)
   end
 end
 
@@ -213,7 +213,7 @@ local function admit(request_ip, event)
   if place then
     open_place(cmsgpack.pack(packed), place, kept[2])
   else
-    append(lane, cmsgpack.pack(packed))
+    append(lane, 'e', cmsgpack.pack(packed))
   end
   room = room - 1
   return 0, 0

@@ -120,7 +120,9 @@ local function write_counts()
 end
 
 -- An event in the queue is one packed array: {id, name, customer, delivery, ttl_ms,
--- lane, body}. `customer` is a keyed digest, never the id itself. One that a replay made
+-- lane, body}. `customer` is a keyed digest, never the id itself. `delivery` is
+-- `at_least_once`, `at_most_once`, or `verify:` with the property of metadata that names
+-- the event in Voucherify. One that a replay made
 -- has three more: the id of the event it repeats, the replay, and its part of that. One
 -- that is coalesced has, in their place, the digest of its name and the window in ms.
 local COALESCED_BYTE = 0x99  -- how a packed array of nine begins
@@ -145,9 +147,9 @@ local function coalesce_key(event)
 end
 -- The id says when it was received. After a step back of the clock it cannot, as ids
 -- never go back: then it is the last one plus one.
-local function append(lane, packed)
-  local added = redis.pcall('XADD', stream(lane), now_ms .. '-*', 'e', packed)
-  if type(added) == 'table' then call('XADD', stream(lane), '*', 'e', packed) end
+local function append(lane, ...)
+  local added = redis.pcall('XADD', stream(lane), now_ms .. '-*', ...)
+  if type(added) == 'table' then call('XADD', stream(lane), '*', ...) end
 end
 -- What a place in the queue holds in truth: where events are coalesced, the last one.
 -- Then also the key that goes with the place.
@@ -167,14 +169,15 @@ local function room_of(queue_max)
 end
 -- What is known of an event beside itself: r received_ms, a attempts, s strikes, k the
 -- count of successes when a hold last met it (-1: never), d forwarders that died with
--- it. A first-time entry has only `e`; when it was received is its own id.
-local KNOWN = {'r', 'a', 's', 'k', 'd'}
+-- it, v when it was sent without an answer, in ms: to be looked up before anything else
+-- (0: not so). A first-time entry has only `e`; when it was received is its own id.
+local KNOWN = {'r', 'a', 's', 'k', 'd', 'v'}
 local function entry(id, fields)
   local f = {}
   for i = 1, #fields, 2 do f[fields[i]] = fields[i + 1] end
   return {e = f.e, r = tonumber(f.r) or tonumber(string.match(id, '^%d+')),
     a = tonumber(f.a) or 0, s = tonumber(f.s) or 0, k = tonumber(f.k) or -1,
-    d = tonumber(f.d) or 0}
+    d = tonumber(f.d) or 0, v = tonumber(f.v) or 0}
 end
 local function known(x)
   local fields = {'e', x.e}
@@ -185,13 +188,20 @@ local function known(x)
   return fields
 end
 local function fresh(packed, received_ms)
-  return {e = packed, r = tonumber(received_ms), a = 0, s = 0, k = -1, d = 0}
+  return {e = packed, r = tonumber(received_ms), a = 0, s = 0, k = -1, d = 0, v = 0}
 end
 -- Back into the queue, to be claimed at `due`; the other half is tick's read_due.
 local function postpone(x, due)
   local packed = {x.e}
   for _, name in ipairs(KNOWN) do packed[#packed + 1] = x[name] end
   call('ZADD', P .. ':delayed', due, cmsgpack.pack(packed))
+end
+-- The other way round. One that an older version has put there has less.
+local function postponed(member)
+  local packed = cmsgpack.unpack(member)
+  local x = {e = packed[1], v = 0}
+  for i, name in ipairs(KNOWN) do x[name] = packed[i + 1] or x[name] end
+  return x
 end
 
 local function ours(lane, id, consumer)
@@ -272,4 +282,23 @@ local function bury(x, event, outcome, reason, info)
   count_event(event.name, outcome, 1)
   tell(event, {outcome = outcome, reason = reason, upstream_status = info.status,
     error = info.error})
+end
+
+-- Its time is over. What may have arrived before is not simply too old.
+local function expire(x, event, reason, info)
+  bury(x, event, x.v > 0 and 'ambiguous' or 'expired', reason, info)
+end
+
+-- It may have arrived and must not be sent twice. If it can be looked up and was not yet,
+-- it is, a while later: Voucherify takes its time to show what it has taken.
+local function doubt(x, event, lane, id, reason, info, look_up_ms)
+  local due = now_ms + look_up_ms
+  local can = x.v == 0 and string.sub(event.delivery, 1, 7) == 'verify:'
+  if not can or due > x.r + event.ttl then
+    bury(x, event, 'ambiguous', reason, info)
+    return
+  end
+  x.v = tonumber(call('HGET', P .. ':sent', lane .. ':' .. id) or now_ms)
+  note('doubted', 1)
+  postpone(x, due)
 end

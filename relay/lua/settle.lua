@@ -7,8 +7,9 @@
 --       3 results, packed {{lane, entry id, verdict, reason, status, error,
 --         delay_ms, signal, pause_ms, probe, limit, remaining, limit type}...}; limit
 --         and remaining are -1 where the answer told none
---   verdict  delivered | retry | wait | release | rejected | expired | ambiguous:
---            `retry` spends an attempt, `wait` and `release` do not
+--   verdict  delivered | retry | wait | release | resend | rejected | ambiguous: `retry`
+--            spends an attempt, `wait` and `release` do not; `resend` is for one that was
+--            looked up and is not there
 --   signal   what the call says about Voucherify: ok | failed | none | a hold's name
 -- Reply how many were settled
 -- Names of the holds: relay/outcomes.py.
@@ -71,11 +72,13 @@ local function hear(signal, reason, pause_ms, probe)
   end
 end
 
-local function again(x, event, delay_ms)
+local function again(x, event, delay_ms, reason, info)
   local due = now_ms + delay_ms
-  if due > x.r + event.ttl then return false end
-  postpone(x, due)
-  return true
+  if due > x.r + event.ttl then
+    expire(x, event, reason, info)
+  else
+    postpone(x, due)
+  end
 end
 
 -- Whether a hold that this event met was the event's own doing, for the third time.
@@ -99,17 +102,24 @@ for _, result in ipairs(cmsgpack.unpack(ARGV[3])) do
     local event = open(x.e)
     local info = {status = status, error = err}
     x.d = 0  -- its forwarder lives
-    if verdict == 'retry' then x.a = x.a + 1 end
+    if verdict == 'retry' or verdict == 'ambiguous' then x.a = x.a + 1 end
     local held = signal ~= 'ok' and signal ~= 'failed' and signal ~= 'none'
     if held then delay_ms = HELD_MS * 2 ^ x.s end
     if verdict == 'delivered' then
+      if x.v > 0 then note('doubt_found', 1) end
       count('delivered', 1)
       count_event(event.name, 'delivered', 1)
       tell(event, {outcome = 'delivered', upstream_status = status})
     elseif held and struck_out(x, signal) then
       bury(x, event, 'rejected', reason, info)
     elseif verdict == 'retry' or verdict == 'wait' or verdict == 'release' then
-      if not again(x, event, delay_ms) then bury(x, event, 'expired', reason, info) end
+      again(x, event, delay_ms, reason, info)
+    elseif verdict == 'resend' then
+      note('doubt_absent', 1)
+      x.v = 0
+      again(x, event, 0, reason, info)
+    elseif verdict == 'ambiguous' then
+      doubt(x, event, lane, id, reason, info, settings[6])
     else
       bury(x, event, verdict, reason, info)
     end

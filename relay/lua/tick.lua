@@ -15,7 +15,7 @@
 --       4 "1" to look out for dead forwarders in this tick
 --       5 what this one has in flight, packed {"lane:entry id"...}
 -- Reply packed {{{lane, entry id, received_ms, attempts, id, name, delivery,
---         body}...}, wait_ms, probe, doorbell}: when to ask again; `probe` when the one event
+--         body, doubted_ms}...}, wait_ms, probe, doorbell}: when to ask again; `probe` when the one event
 --         is to try whether a hold is over; `doorbell` the last id of each lane
 --         when nothing was there, to wait for more with XREAD BLOCK
 local EXPIRED_AT_ONCE = 1000  -- bounds one tick when a whole backlog is too old
@@ -117,7 +117,8 @@ end
 
 local function give(lane, id, x, event)
   call('HSET', BUSY, event.customer, lane .. ':' .. id)
-  out[#out + 1] = {lane, id, x.r, x.a, event.id, event.name, event.delivery, event.body}
+  out[#out + 1] = {lane, id, x.r, x.a, event.id, event.name, event.delivery, event.body,
+    x.v}
 end
 
 -- What a forwarder left behind goes by its rule: given up, or back into the queue,
@@ -131,10 +132,10 @@ local function take_over(lane, id, died)
     customer = event.customer
     x.d = x.d + died
     local sent = call('HEXISTS', P .. ':sent', lane .. ':' .. id) == 1
-    if sent and event.delivery == 'at_most_once' then
-      bury(x, event, 'ambiguous', 'worker_died', {})
+    if sent and event.delivery ~= 'at_least_once' then
+      doubt(x, event, lane, id, 'worker_died', {}, settings[6])
     elseif x.d >= deaths_max then
-      bury(x, event, 'expired', 'worker_died', {})
+      expire(x, event, 'worker_died', {})
     else
       postpone(x, now_ms)
     end
@@ -204,7 +205,7 @@ local function sweep(lane, from, step_out)
       local was_out = call('HEXISTS', P .. ':sent', lane .. ':' .. item[1]) == 1
       if now_ms > received_ms + event.ttl and not was_out then
         x.r = received_ms
-        bury(x, event, 'expired', 'ttl', {})
+        expire(x, event, 'ttl', {})
         call('XDEL', stream(lane), item[1])
         if key then call('DEL', key) end
         if step_out then call('LREM', row(step_out, event.customer), 1, item[1]) end
@@ -252,9 +253,7 @@ local function read_due(latest)
   local key = P .. ':delayed'
   local due = call('ZRANGE', key, '-inf', latest, 'BYSCORE', 'LIMIT', 0, 20)
   for _, member in ipairs(due) do
-    local packed = cmsgpack.unpack(member)
-    local x = {e = packed[1]}
-    for i, name in ipairs(KNOWN) do x[name] = packed[i + 1] end
+    local x = postponed(member)
     if is_busy(open(x.e).customer) then
       call('ZADD', key, 'GT', now_ms + BUSY_MS, member)
     else
@@ -315,7 +314,7 @@ local function read_probe()
       local first = not met[event.customer] and not is_busy(event.customer)
         and call('EXISTS', row(lane, event.customer)) == 0
       met[event.customer] = true
-      if first and event.delivery ~= 'at_most_once' and now_ms <= x.r + event.ttl then
+      if first and event.delivery == 'at_least_once' and now_ms <= x.r + event.ttl then
         call('XDEL', stream(lane), item[1])
         return enter_retry(x)
       end
@@ -409,13 +408,13 @@ while #out < allowed and not empty do
   else
     local event
     lane, id, x, event = latest(lane, id, x)
-    if event.delivery == 'at_most_once'
+    if event.delivery ~= 'at_least_once'
       and call('HEXISTS', P .. ':sent', lane .. ':' .. id) == 1 then
       -- Read as new, but marked as sent: Redis went back in time, or lost its group.
-      bury(x, event, 'ambiguous', 'claimed_again', {})
+      doubt(x, event, lane, id, 'claimed_again', {}, settings[6])
       remove(lane, id, event.customer)
     elseif now_ms > x.r + event.ttl then
-      bury(x, event, 'expired', 'ttl', {})
+      expire(x, event, 'ttl', {})
       remove(lane, id, event.customer)
       turn = its_turn  -- or a lane would lose its share to what is too old in it
       expired = expired + 1

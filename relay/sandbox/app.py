@@ -11,6 +11,7 @@ from typing import Literal
 from starlette.types import Receive, Scope, Send
 
 from relay.sandbox import oauth
+from relay.sandbox.activity import named_in
 from relay.sandbox.answers import Answer, framework_error
 from relay.sandbox.cluster import EVENT_PATHS, Cluster
 from relay.sandbox.config import SandboxConfig, changed, latency_range
@@ -194,7 +195,7 @@ class Sandbox:
         record = ledger.open(request, self._wall())
         route = _route(request.path)
         fault = answer = None
-        if route is not None and request.method == "POST":
+        if route is not None and request.method in ("POST", "GET"):
             fault = self._faults.take(route, before_body=True)
         if fault is not None:
             answer = fault.answer(None, self._cluster.request_id())
@@ -233,7 +234,9 @@ class Sandbox:
             # call is not documented.
             return Answer(verdict="preflight", status=204), None
         if route == "oauth":
-            return self._decide_token(request)
+            return self._decide_other("oauth", request, self._cluster.token)
+        if route == "activity":
+            return self._decide_other("activity", request, self._cluster.activity)
         verdict = self._cluster.judge(request)
         if isinstance(verdict, Answer):
             return verdict, None
@@ -251,11 +254,13 @@ class Sandbox:
             return answer, None
         return fault.answer(answer, self._cluster.request_id()), fault
 
-    def _decide_token(self, request: Request) -> tuple[Answer | None, Fault | None]:
-        fault = self._faults.take("oauth", before_body=False)
+    def _decide_other(
+        self, route: Route, request: Request, decide: Callable[[Request], Answer]
+    ) -> tuple[Answer | None, Fault | None]:
+        fault = self._faults.take(route, before_body=False)
         if fault is not None and fault.moment == "before_record":
             return fault.answer(None, self._cluster.request_id()), fault
-        answer = self._cluster.token(request)
+        answer = decide(request)
         if fault is None:
             return answer, None
         return fault.answer(answer, self._cluster.request_id()), fault
@@ -273,7 +278,9 @@ def _is_control(path: str) -> bool:
 def _route(path: str) -> Route | None:
     if path in EVENT_PATHS:
         return "events"
-    return "oauth" if path in oauth.PATHS else None
+    if path in oauth.PATHS:
+        return "oauth"
+    return "activity" if named_in(path) is not None else None
 
 
 def _note_body(record: Record, request: Request) -> None:

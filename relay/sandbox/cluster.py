@@ -13,6 +13,7 @@ from functools import lru_cache
 import msgspec
 
 from relay.sandbox import oauth, schema
+from relay.sandbox.activity import Activities, named_in
 from relay.sandbox.answers import Answer, error, framework_error, ok, too_many
 from relay.sandbox.config import SandboxConfig
 from relay.sandbox.customers import Customers
@@ -62,6 +63,7 @@ class Cluster:
         self.rng = random.Random(config.seed)  # noqa: S311
         self.customers = Customers(keep=config.keep_customers, rng=self.rng)
         self.tokens = oauth.Tokens(self.rng)
+        self._activities = Activities(keep=config.keep_requests, rng=self.rng)
         self._per_address = SlidingWindow()
         self._plan = Plan(cycle_start=wall())
 
@@ -71,16 +73,16 @@ class Cluster:
 
     def judge(self, request: Request) -> Answer | Accepted:
         """Refuse a request to an event route, or accept its event."""
-        for check in (_method, self._size, self._client_limit, self._keys):
+        for check in (_method, self._size, self._client_limit):
             if (refusal := check(request)) is not None:
                 return refusal
-        if (refusal := self._origin(request)) is not None:
+        api = EVENT_PATHS[request.path]
+        refusal = self._keys(request, api, opens=api) or self._origin(request)
+        if refusal is not None:
             return refusal
-        now = self._wall()
-        plan = self._plan.take(now, self.config)
-        headers = plan.headers(now) if plan is not None else ()
-        if plan is not None and plan.refused:
-            return too_many("rate_limited_plan", headers)
+        refusal, headers = self._take_call()
+        if refusal is not None:
+            return refusal
         verdict = _media_types(request) or self._event(request, headers)
         if isinstance(verdict, Answer):
             return verdict.with_headers(headers)
@@ -94,6 +96,9 @@ class Cluster:
             stored = self.customers.upsert(accepted.customer)
             stored.events += 1
             customer, customer_id = stored.simple(), stored.id
+            self._activities.add(
+                stored.id, accepted.event, accepted.metadata, self._wall()
+            )
         body: dict[str, object] = {
             "object": "event",
             "type": accepted.event,
@@ -104,6 +109,47 @@ class Cluster:
         if self.config.response_metadata:
             body["metadata"] = accepted.metadata
         return ok("recorded", body).with_headers(accepted.headers), customer_id
+
+    def activity(self, request: Request) -> Answer:
+        """Answer what a customer did."""
+        if request.method != "GET":
+            refusal = framework_error("method", 405)
+            return refusal.with_headers((("Allow", "GET"),))
+        if (refused := self._keys(request, "server", opens="activity")) is not None:
+            return refused
+        refused, headers = self._take_call()
+        return refused or self._activity(request).with_headers(headers)
+
+    def _activity(self, request: Request) -> Answer:
+        named = named_in(request.path) or ""
+        customer = self.customers.find({"id": named}) or self.customers.find(
+            {"source_id": named}
+        )
+        if customer is None:
+            return error(
+                "not_found",
+                404,
+                self.request_id(),
+                details=f"Cannot find customer with id {named}",
+                resource=(named, "customer"),
+            )
+        return self._activities.page(
+            customer.id,
+            request.query,
+            until=self._wall() - self.config.activity_delay_seconds,
+            shape=self.config.activity_shape,
+            request_id=self.request_id(),
+        )
+
+    def _take_call(self) -> tuple[Answer | None, tuple[tuple[str, str], ...]]:
+        """Take one call of the plan: its refusal, and what the plan says."""
+        now = self._wall()
+        plan = self._plan.take(now, self.config)
+        if plan is None:
+            return None, ()
+        headers = plan.headers(now)
+        refused = too_many("rate_limited_plan", headers) if plan.refused else None
+        return refused, headers
 
     def token(self, request: Request) -> Answer:
         """Answer one of the OAuth routes."""
@@ -138,9 +184,8 @@ class Cluster:
         headers = client_limit_headers(calls, wait, self._wall()) if shown else ()
         return too_many("rate_limited_ip", headers)
 
-    def _keys(self, request: Request) -> Answer | None:
+    def _keys(self, request: Request, api: str, *, opens: str) -> Answer | None:
         config, headers = self.config, request.headers
-        api = EVENT_PATHS[request.path]
         names = _CLIENT_KEYS if api == "client" else _SERVER_KEYS
         expected = (
             (config.application_id, config.client_token)
@@ -155,7 +200,7 @@ class Cluster:
             token = self.tokens.live(value, self._wall())
             if token is None:
                 return error("token", 401, self.request_id())
-            if not token.opens_events(api):
+            if not token.opens(opens):
                 return error("scope", config.wrong_scope_status, self.request_id())
             if not has_keys:
                 return None

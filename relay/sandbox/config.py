@@ -86,6 +86,8 @@ class SandboxConfig(
     keys_with_bearer: Policy = "accept"  # client keys and a token in one request
     origin_with_bearer: Literal["check", "ignore"] = "check"
     response_metadata: bool = True  # listed as required, absent from the example
+    activity_delay_seconds: float = 0.0  # from an event until its activity is shown
+    activity_shape: Literal["nested", "flat"] = "nested"  # of the event in it
 
     # Behaviour of this machine rather than of Voucherify.
     latency: float | tuple[float, float] = 0.0  # seconds, or a range of them
@@ -129,6 +131,8 @@ def _low_numbers(config: SandboxConfig) -> list[str]:
         if getattr(config, name) is not None and getattr(config, name) < 1
     ]
     faults += [f"{name}: use 1 or more" for name in sizes if getattr(config, name) < 1]
+    if not config.activity_delay_seconds >= 0:
+        faults.append("activity_delay_seconds: use 0 or more seconds")
     return faults + [
         f"{name}: use more than 0 seconds"
         for name in spans

@@ -22,7 +22,7 @@ Malformed = Literal[
     "truncated_json",
     "wrong_shape",
 ]
-Route = Literal["events", "oauth"]
+Route = Literal["events", "oauth", "activity"]
 
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.6.2
 _FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")  # RFC 9110, 5.5
@@ -164,8 +164,8 @@ def _problems(fault: Fault) -> list[str]:
         faults.append(
             "event, source_id: they are in the body, so use at = before_record"
         )
-    if fault.on == "oauth" and (fault.event or fault.source_id):
-        faults.append("event, source_id: a token request has neither; leave them out")
+    if fault.on != "events" and (fault.event or fault.source_id):
+        faults.append("event, source_id: only requests to an event route have them")
     if fault.at in ("before_body", "before_record") and not _ends_request(fault):
         faults.append("at: without an answer of its own the fault is after_record")
     if fault.disconnect == "cut_short" and fault.at not in (None, "after_record"):

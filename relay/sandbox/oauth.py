@@ -33,9 +33,10 @@ referrals rewards segments skus task-results templates trash-bin
 validation-rules-assignments validation-rules validations vouchers
 """
 _SCOPES = frozenset(_SCOPE_NAMES.split())
-_EVENT_SCOPES = {
+_SCOPES_OF = {
     "client": frozenset({"client_api", "client_events"}),
     "server": frozenset({"api", "events"}),
+    "activity": frozenset({"api", "customers"}),
 }
 _ALPHABET = string.ascii_letters + string.digits
 
@@ -49,12 +50,10 @@ class Token:
     version: int
     expires_at: float  # Unix seconds
 
-    def opens_events(self, api: str) -> bool:
-        """Tell whether its scope covers custom events of this API."""
+    def opens(self, what: str) -> bool:
+        """Tell whether its scope covers custom events of an API, or activity."""
         # v2 scopes are permission codes; the one for events is not published.
-        return self.version == 2 or not _EVENT_SCOPES[api].isdisjoint(
-            self.scope.split()
-        )
+        return self.version == 2 or not _SCOPES_OF[what].isdisjoint(self.scope.split())
 
 
 class Tokens:

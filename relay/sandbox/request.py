@@ -13,6 +13,7 @@ class Request:
 
     method: str
     path: str
+    query: str = ""
     ip: str  # of the socket: a forwarded address is not believed
     header_list: tuple[tuple[str, str], ...]  # lower-case names, in order
     headers: dict[str, str]  # the same by name, repeated ones joined
@@ -32,6 +33,7 @@ def arrived(scope: Scope) -> Request:
     return Request(
         method=scope["method"],
         path=scope["path"],
+        query=scope.get("query_string", b"").decode("latin-1"),
         ip=client[0] if client else "local",  # a unix socket has no address
         header_list=header_list,
         headers=_joined(header_list),

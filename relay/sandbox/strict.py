@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from relay.sandbox import oauth, schema
+from relay.sandbox.activity import named_in
 from relay.sandbox.record import Record
 from relay.sandbox.request import Request
 
@@ -76,9 +77,11 @@ _COMMON = frozenset(
     }
 )
 _OF_EVENTS = frozenset({"x-voucherify-channel"})
+ACTIVITY = "/v1/customers/{}/activity"
 _ALLOWED = {
     "/client/v1/events": _COMMON | _CLIENT_KEYS | {"origin"},
     "/v1/events": _COMMON | _SERVER_KEYS,
+    ACTIVITY: (_COMMON | _SERVER_KEYS) - {"content-type", "content-length"},
     oauth.TOKEN_V2: _COMMON - _OF_EVENTS,
     oauth.TOKEN_V1: (_COMMON | _SERVER_KEYS) - _OF_EVENTS - {"authorization"},
     oauth.INTROSPECT: (_COMMON | _SERVER_KEYS) - _OF_EVENTS - {"authorization"},
@@ -137,7 +140,8 @@ class Watch:
 
 
 def _of_headers(request: Request) -> list[tuple[Kind, str]]:
-    allowed = _ALLOWED.get(request.path)
+    path = request.path
+    allowed = _ALLOWED.get(ACTIVITY if named_in(path) is not None else path)
     if allowed is None:
         return []
     headers = request.headers
@@ -158,9 +162,8 @@ def _of_headers(request: Request) -> list[tuple[Kind, str]]:
         found.append((Kind.KEYS_AND_BEARER, "authorization beside keys"))
     if not headers.get("user-agent", "").startswith("voucherify-relay/"):
         found.append((Kind.USER_AGENT, "user-agent is not voucherify-relay/…"))
-    if request.path.endswith("/events") and not headers.get(
-        "x-voucherify-channel", ""
-    ).startswith("relay:"):
+    channel = headers.get("x-voucherify-channel", "")
+    if "x-voucherify-channel" in allowed and not channel.startswith("relay:"):
         found.append((Kind.CHANNEL, "x-voucherify-channel is not relay:…"))
     return found
 

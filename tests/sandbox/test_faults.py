@@ -286,7 +286,10 @@ async def test_a_token_request_can_fail_too(caller: Caller) -> None:
             {"disconnect": "reset", "at": "before_body", "event": "e"},
             "event, source_id: they are in the body",
         ),
-        ({"status": 500, "on": "oauth", "event": "e"}, "a token request has neither"),
+        (
+            {"status": 500, "on": "oauth", "event": "e"},
+            "only requests to an event route",
+        ),
         ({"delay": 1, "at": "before_record"}, "the fault is after_record"),
         ({"status": 200, "at": "before_body"}, "the fault is after_record"),
         ({"disconnect": "cut_short", "at": "before_record"}, "comes after_record"),
