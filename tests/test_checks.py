@@ -263,6 +263,39 @@ async def test_a_budget_above_voucherifys_limit_is_told() -> None:
     assert "(DNS)" in told["cluster_unreachable"].detail
 
 
+@pytest.mark.parametrize(
+    ("settings", "code"),
+    [
+        ({}, "cannot_verify"),
+        ({"upstream_api": "server"}, ""),
+        ({"upstream_api": "server", "auth": "oauth1"}, "look_up_scope"),
+        (
+            {"upstream_api": "server", "auth": "oauth1", "oauth_scope": "events"},
+            "look_up_scope",
+        ),
+        (
+            {
+                "upstream_api": "server",
+                "auth": "oauth1",
+                "oauth_scope": "events customers",
+            },
+            "",
+        ),
+        ({"upstream_api": "server", "auth": "oauth1", "oauth_scope": "api"}, ""),
+    ],
+)
+async def test_a_look_up_that_would_fail_is_told(
+    tmp_path: Path, settings: dict[str, str], code: str
+) -> None:
+    catalog = tmp_path / "catalog.toml"
+    keys = {"server_app_id": UUID, "server_app_token": UUID}
+    kept = {"cannot_verify", "look_up_scope"}
+    for rule, said in (("verify", {code} - {""}), ("at_most_once", set())):
+        catalog.write_text(f'[events.e]\ndelivery = "{rule}"\nevent_id = "n"\n')
+        told = await found(**keys, **settings, catalog=str(catalog))
+        assert told.keys() & kept == said
+
+
 # --- the cluster ----------------------------------------------------------------------
 
 

@@ -12,10 +12,10 @@ import redis.asyncio
 from pydantic import SecretStr
 
 from relay.errors import QueueUnavailable
-from relay.forwarder import Forwarder
+from relay.forwarder import MARK_GOOD_S, Forwarder
 from relay.limits import parse_budget
 from relay.outcomes import Outcome
-from relay.queue import Queue, Result, Tick
+from relay.queue import Claimed, Queue, Result, Tick
 from relay.sandbox.app import Sandbox
 from relay.sandbox.config import SandboxConfig
 from relay.sandbox.server import serve_sandbox
@@ -453,6 +453,35 @@ async def test_what_was_sent_is_not_sent_again_when_redis_goes_back_in_time(
     assert delivery.sandbox.event_names() == ["paying"]
     [dead] = await bench.dead()
     assert dead["reason"] == "claimed_again"
+
+
+async def test_what_stood_still_after_its_mark_is_not_sent_by_it(
+    delivery: Delivery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody else may have taken it over meanwhile, and have sent it."""
+    real = delivery.bench.queue.mark
+    marks = 0
+
+    async def mark(consumer: str, claimed: Sequence[Claimed]) -> list[bool]:
+        nonlocal marks
+        marks += 1
+        ours = await real(consumer, claimed)
+        if marks == 1:  # the machine stands still, which its own clock may not see
+            wall = time.time()
+            monkeypatch.setattr(time, "time", lambda: wall + MARK_GOOD_S + 1)
+        return ours
+
+    monkeypatch.setattr(delivery.bench.queue, "mark", mark)
+    async with delivery.forwarder():
+        await delivery.send("paying", PAYING)
+
+        async def given_back() -> bool:
+            return (await delivery.bench.gauges())["delayed"] == "1"
+
+        await eventually(given_back)
+        assert delivery.sandbox.requests == []
+        assert await delivery.settled() == {"delivered": 1}
+    assert delivery.sandbox.event_names() == ["paying"]
 
 
 async def test_a_refused_event_may_be_sent_again(delivery: Delivery) -> None:

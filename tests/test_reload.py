@@ -13,7 +13,7 @@ import structlog
 from structlog.typing import EventDict
 
 from relay.catalog import EMPTY, CatalogError
-from relay.reload import SETTLED_S, CatalogFile
+from relay.reload import CANNOT_VERIFY, SETTLED_S, CatalogFile
 
 GOOD = "[events.a]\n"
 NEWER = "[events.a]\n[events.b]\n"
@@ -43,6 +43,18 @@ def opened(
     clock: Callable[[], float] = later,
 ) -> CatalogFile:
     return CatalogFile(path, max_ttl_s=3600, signing=signing, text=text, clock=clock)
+
+
+@pytest.mark.parametrize("server_api", [True, False])
+def test_a_start_says_where_nothing_can_be_looked_up(
+    tmp_path: Path, server_api: bool
+) -> None:
+    path = tmp_path / "catalog.toml"
+    path.write_text('[events.a]\ndelivery = "verify"\nevent_id = "n"\n')
+    with logged() as lines:
+        CatalogFile(path, max_ttl_s=3600, signing=False, server_api=server_api)
+    told = [line["detail"] for line in lines if line["event"] == "catalog.doubtful"]
+    assert told == ([] if server_api else [CANNOT_VERIFY])
 
 
 @pytest.fixture
