@@ -299,6 +299,7 @@ local function doubt(x, event, lane, id, reason, info, look_up_ms)
     return
   end
   x.v = tonumber(call('HGET', P .. ':sent', lane .. ':' .. id) or now_ms)
+  x.a = x.a + 1
   note('doubted', 1)
   postpone(x, due)
 end

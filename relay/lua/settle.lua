@@ -102,7 +102,7 @@ for _, result in ipairs(cmsgpack.unpack(ARGV[3])) do
     local event = open(x.e)
     local info = {status = status, error = err}
     x.d = 0  -- its forwarder lives
-    if verdict == 'retry' or verdict == 'ambiguous' then x.a = x.a + 1 end
+    if verdict == 'retry' then x.a = x.a + 1 end
     local held = signal ~= 'ok' and signal ~= 'failed' and signal ~= 'none'
     if held then delay_ms = HELD_MS * 2 ^ x.s end
     if verdict == 'delivered' then
