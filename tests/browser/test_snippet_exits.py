@@ -215,7 +215,8 @@ async def _visit(shop: Shop, cell: Cell, host: str, context: BrowserContext) -> 
         await _open(page, shop.url(host, "/there"))
         # Not go_back(), which waits for a page to load: this one comes as it was.
         await _soon(page.evaluate("history.back()"))
-        await page.wait_for_function("window.restored", timeout=10_000)
+        # Not by its frames: a restored page may draw none for a while.
+        await page.wait_for_function("window.restored", polling=100, timeout=10_000)
     if cell.condition == "quota":
         # Most of what the browser lets a page have on its way at once.
         await page.evaluate(
