@@ -6,7 +6,6 @@ the same draws decides alike: the forwarder with real time, a simulation with it
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import msgspec
 
@@ -29,9 +28,11 @@ def judged(
 
     Of an event in doubt it is the answer to the question whether it is there.
     """
-    if claimed.doubted_ms:
-        answer = _of_look_up(answer)
     verdict, delay_ms = _fate(claimed, answer, backoff)
+    signal, pause_ms = _signal(answer), _pause_ms(answer)
+    if _question_refused(claimed, answer):
+        verdict, delay_ms, signal = "wait", ASK_AGAIN_MS, "none"
+        pause_ms = pause_ms if answer.remaining == 0 else 0
     return Result(
         lane=claimed.lane,
         entry=claimed.entry,
@@ -40,8 +41,8 @@ def judged(
         status=answer.status or 0,
         error=_error(answer),
         delay_ms=delay_ms,
-        signal=_signal(answer),
-        pause_ms=_pause_ms(answer),
+        signal=signal,
+        pause_ms=pause_ms,
         probe=probe,
         limit=-1 if answer.limit is None else answer.limit,
         remaining=-1 if answer.remaining is None else answer.remaining,
@@ -78,21 +79,17 @@ def not_processed(result: Result) -> bool:
     return result.verdict in ("retry", "wait", "resend")
 
 
-def _of_look_up(answer: Answer) -> Answer:
-    """The same, where a refusal is of the question alone.
+def _question_refused(claimed: Claimed, answer: Answer) -> bool:
+    """Whether it is the question alone that is refused.
 
     A key may send events and not be allowed to read them: that holds up nothing else,
     and is asked again later, for a key can be given more rights.
     """
-    refused = answer.verdict is Verdict.REJECTED or answer.hold in (
-        Hold.AUTH,
-        Hold.CONFIG,
-    )
-    if not refused:
-        return answer
-    return replace(
-        answer, verdict=Verdict.RENEWED, hold=None, retry_after_ms=ASK_AGAIN_MS
-    )
+    refused = answer.verdict is Verdict.REJECTED
+    return bool(claimed.doubted_ms) and (refused or answer.hold in _OF_THE_KEY)
+
+
+_OF_THE_KEY = (Hold.AUTH, Hold.CONFIG)
 
 
 def _fate(claimed: Claimed, answer: Answer, backoff: Backoff) -> tuple[str, int]:
@@ -105,7 +102,7 @@ def _fate(claimed: Claimed, answer: Answer, backoff: Backoff) -> tuple[str, int]
         case Verdict.WAIT:
             return "wait", answer.retry_after_ms or DEFAULT_PAUSE_MS
         case Verdict.RENEWED:
-            return "wait", answer.retry_after_ms or 0
+            return "wait", 0
         case Verdict.HOLD:
             return "wait", HELD_MS
         case Verdict.ABSENT:

@@ -118,7 +118,7 @@ async def test_the_client_api_shows_nobody_anything() -> None:
     upstream = Voucherify(
         base_url="http://127.0.0.1:9",
         origin="https://shop.example",
-        keys=Keys(app_id="a", token=SecretStr("client-token")),
+        keys=Keys(app_id="a", token=SecretStr("client-token-of-the-test")),
     )
     answer = await ask(upstream, sent())
     assert answer.verdict is Verdict.UNCLEAR
