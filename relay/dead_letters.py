@@ -227,6 +227,7 @@ def told_whole(entry: str, fields: Mapping[str, str]) -> dict[str, object]:
     """All of a letter, personal data too."""
     return told(entry, fields) | {
         "ttl_ms": _number(fields.get("ttl_ms")),
+        "doubted_ms": _number(fields.get("doubted_ms")),
         "customer": fields.get("customer", ""),
         "error": _error(fields.get("error", "")),
         "body": _json(fields.get("body", "")),

@@ -60,7 +60,7 @@ class Claimed(msgspec.Struct, array_like=True):
     name: str
     delivery: str  # at_least_once, at_most_once, or verify: and a property
     body: str  # for Voucherify
-    doubted_ms: int = 0  # when it was sent without an answer: look it up; 0: send it
+    doubted_ms: int = 0  # look for it from then on, before it is sent again; 0: send it
 
     @property
     def place(self) -> str:

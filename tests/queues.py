@@ -1,6 +1,7 @@
 """Queues for tests: events made in a line, and a clock that tests move."""
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from itertools import count
 from pathlib import Path
 from typing import cast
@@ -8,6 +9,7 @@ from typing import cast
 import redis.asyncio
 
 from relay.embedded import EmbeddedServer
+from relay.limits import Limit
 from relay.outcomes import Outcome
 from relay.queue import (
     Claimed,
@@ -141,6 +143,26 @@ class Bench:
         await self.queue.aclose()
         await self.clock.aclose()
         await self.client.aclose()
+
+
+@asynccontextmanager
+async def simulated(
+    redis_url: str,
+    prefix: str,
+    *,
+    kind: type[Queue] = Queue,
+    limits: Sequence[Limit] = (),
+) -> AsyncIterator[Bench]:
+    """A queue that lives by a `Clock`, and whose counts are right at the end."""
+    queue = kind(
+        url=redis_url, prefix=prefix, limits=limits, scripts=SIMULATED, timeout=5.0
+    )
+    clock = Clock(redis_url, prefix)
+    await clock.set(clock.us)
+    bench = Bench(queue, clock, redis.asyncio.Redis.from_url(redis_url))
+    yield bench
+    await bench.balanced()
+    await bench.aclose()
 
 
 async def directory_balanced(directory: Path) -> None:

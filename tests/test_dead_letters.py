@@ -6,7 +6,6 @@ from contextlib import suppress
 from datetime import UTC, datetime
 
 import pytest
-import redis.asyncio
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,8 +26,8 @@ from relay.dead_letters import (
 )
 from relay.digests import Digests
 from relay.outcomes import DEAD, letter_cure
-from relay.queue import Letters, Queue
-from tests.queues import SIMULATED, Bench, Clock, event, result
+from relay.queue import Letters
+from tests.queues import Bench, event, result, simulated
 
 pytestmark = pytest.mark.anyio
 
@@ -39,13 +38,8 @@ DIGESTS = Digests(b"k")
 
 @pytest.fixture
 async def bench(redis_url: str, prefix: str) -> AsyncIterator[Bench]:
-    queue = Queue(url=redis_url, prefix=prefix, scripts=SIMULATED, timeout=5.0)
-    clock = Clock(redis_url, prefix)
-    await clock.set(clock.us)
-    made = Bench(queue, clock, redis.asyncio.Redis.from_url(redis_url))
-    yield made
-    await made.balanced()
-    await made.aclose()
+    async with simulated(redis_url, prefix) as made:
+        yield made
 
 
 async def bury(bench: Bench, n: int = 1, **parts: object) -> None:

@@ -16,7 +16,7 @@ from relay.erasure import Erased, forget
 from relay.events import identified, read_event, upstream_body
 from relay.limits import parse_limits
 from relay.queue import Claimed, Event, Queue, Step
-from tests.queues import SIMULATED, Bench, Clock, event, result
+from tests.queues import Bench, event, result, simulated
 from tests.servers import start_server
 from tests.support import eventually
 
@@ -60,19 +60,9 @@ class Interrupted(Queue):
 
 @pytest.fixture
 async def bench(redis_url: str, prefix: str) -> AsyncIterator[Bench]:
-    queue = Interrupted(
-        url=redis_url,
-        prefix=prefix,
-        limits=parse_limits("customer=900/1h, site=900/1h"),
-        scripts=SIMULATED,
-        timeout=5.0,
-    )
-    clock = Clock(redis_url, prefix)
-    await clock.set(clock.us)
-    made = Bench(queue, clock, redis.asyncio.Redis.from_url(redis_url))
-    yield made
-    await made.balanced()
-    await made.aclose()
+    limits = parse_limits("customer=900/1h, site=900/1h")
+    async with simulated(redis_url, prefix, kind=Interrupted, limits=limits) as made:
+        yield made
 
 
 async def erase(bench: Bench, **options: int) -> Erased:

@@ -6,10 +6,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import cast
 
 import pytest
-import redis.asyncio
 
-from relay.queue import Claimed, Event, Queue
-from tests.queues import SIMULATED, Bench, Clock, event, result
+from relay.queue import Claimed, Event
+from tests.queues import Bench, event, result, simulated
 
 pytestmark = pytest.mark.anyio
 
@@ -18,13 +17,8 @@ Make = Callable[..., Awaitable[Bench]]
 
 @pytest.fixture
 async def bench(redis_url: str, prefix: str) -> AsyncIterator[Bench]:
-    queue = Queue(url=redis_url, prefix=prefix, scripts=SIMULATED)
-    clock = Clock(redis_url, prefix)
-    await clock.set(clock.us)
-    made = Bench(queue, clock, redis.asyncio.Redis.from_url(redis_url))
-    yield made
-    await made.balanced()
-    await made.aclose()
+    async with simulated(redis_url, prefix) as made:
+        yield made
 
 
 def of(customer: str, n: int, **parts: object) -> Event:

@@ -431,6 +431,7 @@ async def test_a_dead_letter_keeps_the_whole_event(
         "delivery": "at_least_once",
         "customer": "digest",
         "ttl_ms": "3600000",
+        "doubted_ms": "",
         "replay_of": "",
         "body": '{"event":"n"}',
     }

@@ -26,7 +26,7 @@ from relay.replay import (
     Why,
     last_progress,
 )
-from tests.queues import SIMULATED, START_S, Bench, Clock, event, result
+from tests.queues import SIMULATED, START_S, Bench, Clock, event, result, simulated
 
 pytestmark = pytest.mark.anyio
 
@@ -35,13 +35,8 @@ TTL_MS = 3_600_000
 
 @pytest.fixture
 async def bench(redis_url: str, prefix: str) -> AsyncIterator[Bench]:
-    queue = Queue(url=redis_url, prefix=prefix, scripts=SIMULATED, timeout=5.0)
-    clock = Clock(redis_url, prefix)
-    await clock.set(clock.us)
-    made = Bench(queue, clock, redis.asyncio.Redis.from_url(redis_url))
-    yield made
-    await made.balanced()
-    await made.aclose()
+    async with simulated(redis_url, prefix) as made:
+        yield made
 
 
 async def bury(
@@ -277,6 +272,24 @@ async def test_where_it_can_be_it_is_looked_up_before_it_is_sent_again(
     told = await go(bench, await begun(bench, plan), deliver)
     assert (told.state, told.delivered) == ("done", 1)
     assert [c.doubted_ms for c in claims] == [received_ms if looked_up else 0]
+
+
+async def test_a_replay_nobody_answers_is_looked_up_since_the_first_call(
+    bench: Bench,
+) -> None:
+    first_ms = bench.clock.us // 1000
+    await bury(bench, 1, "ambiguous", delivery="verify:relay_id", ttl_ms=1_000)
+    asked: list[int] = []
+
+    async def unanswered(claimed: list[Claimed]) -> None:
+        asked.extend(c.doubted_ms for c in claimed)
+        await bench.settle(*(result(c, "ambiguous") for c in claimed))
+
+    for _ in range(3):
+        await bench.clock.pass_ms(5_000)
+        plan = Plan(may_pay_twice=True, new_ttl_ms=TTL_MS)
+        await go(bench, await begun(bench, plan), unanswered)
+    assert asked == [first_ms] * 3
 
 
 async def test_two_letters_of_one_event_are_replayed_once(bench: Bench) -> None:

@@ -169,8 +169,8 @@ local function room_of(queue_max)
 end
 -- What is known of an event beside itself: r received_ms, a attempts, s strikes, k the
 -- count of successes when a hold last met it (-1: never), d forwarders that died with
--- it, v when it was sent without an answer, in ms: to be looked up before anything else
--- (0: not so). A first-time entry has only `e`; when it was received is its own id.
+-- it, v since when it may be in Voucherify without an answer, in ms: to be looked up before
+-- anything else (0: not so). A first-time entry has only `e`; when it was received is its own id.
 local KNOWN = {'r', 'a', 's', 'k', 'd', 'v'}
 local function entry(id, fields)
   local f = {}
@@ -275,6 +275,7 @@ local function bury(x, event, outcome, reason, info)
   call('XADD', P .. ':dead', '*', 'id', event.id, 'event', event.name,
     'outcome', outcome, 'reason', reason, 'status', info.status or '',
     'error', info.error or '', 'attempts', x.a, 'received_ms', x.r,
+    'doubted_ms', x.v > 0 and x.v or '',
     'lane', event.lane, 'delivery', event.delivery, 'customer', event.customer,
     'ttl_ms', event.ttl, 'replay_of', event.replay_of or '', 'body', event.body)
   count(outcome, 1)
@@ -291,14 +292,14 @@ end
 
 -- It may have arrived and must not be sent twice. If it can be looked up and was not yet,
 -- it is, a while later: Voucherify takes its time to show what it has taken.
-local function doubt(x, event, lane, id, reason, info, look_up_ms)
+local function doubt(x, event, reason, info, look_up_ms)
   local due = now_ms + look_up_ms
   local can = x.v == 0 and string.sub(event.delivery, 1, 7) == 'verify:'
   if not can or due > x.r + event.ttl then
     bury(x, event, 'ambiguous', reason, info)
     return
   end
-  x.v = tonumber(call('HGET', P .. ':sent', lane .. ':' .. id) or now_ms)
+  x.v = x.r  -- not the mark's time: there may have been a call before, and a restore
   x.a = x.a + 1
   note('doubted', 1)
   postpone(x, due)

@@ -89,7 +89,8 @@ local function revive(entry_id, letter, default_ttl_ms, new_ttl_ms, chunk)
   -- One that can be looked up is, also where a person says that it may pay twice.
   local doubted = letter.outcome == 'ambiguous'
     and string.sub(letter.delivery, 1, 7) == 'verify:'
-  append(letter.lane, 'e', packed, 'v', doubted and letter.received_ms or 0)
+  local since = tonumber(letter.doubted_ms) or letter.received_ms
+  append(letter.lane, 'e', packed, 'v', doubted and since or 0)
   count('received', 1)
   note('replayed', 1)
   count_event(letter.event, 'received', 1, 1)

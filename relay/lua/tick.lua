@@ -15,9 +15,9 @@
 --       4 "1" to look out for dead forwarders in this tick
 --       5 what this one has in flight, packed {"lane:entry id"...}
 -- Reply packed {{{lane, entry id, received_ms, attempts, id, name, delivery,
---         body, doubted_ms}...}, wait_ms, probe, doorbell}: when to ask again; `probe` when the one event
---         is to try whether a hold is over; `doorbell` the last id of each lane
---         when nothing was there, to wait for more with XREAD BLOCK
+--         body, doubted_ms}...}, wait_ms, probe, doorbell}: when to ask again;
+--         `probe` when the one event is to try whether a hold is over; `doorbell` the
+--         last id of each lane when nothing was there, to wait with XREAD BLOCK
 local EXPIRED_AT_ONCE = 1000  -- bounds one tick when a whole backlog is too old
 local STEPS_BEHIND = 500  -- the same for a customer's flood
 local BUSY_MS = 1000  -- a due retry of a customer who has another event in flight
@@ -133,7 +133,7 @@ local function take_over(lane, id, died)
     x.d = x.d + died
     local sent = call('HEXISTS', P .. ':sent', lane .. ':' .. id) == 1
     if sent and event.delivery ~= 'at_least_once' then
-      doubt(x, event, lane, id, 'worker_died', {}, settings[6])
+      doubt(x, event, 'worker_died', {}, settings[6])
     elseif x.d >= deaths_max then
       expire(x, event, 'worker_died', {})
     else
@@ -411,7 +411,7 @@ while #out < allowed and not empty do
     if event.delivery ~= 'at_least_once'
       and call('HEXISTS', P .. ':sent', lane .. ':' .. id) == 1 then
       -- Read as new, but marked as sent: Redis went back in time, or lost its group.
-      doubt(x, event, lane, id, 'claimed_again', {}, settings[6])
+      doubt(x, event, 'claimed_again', {}, settings[6])
       remove(lane, id, event.customer)
     elseif now_ms > x.r + event.ttl then
       expire(x, event, 'ttl', {})
