@@ -139,6 +139,8 @@ async def test_the_client_api_shows_nobody_anything() -> None:
         # Every client takes these for a way up, however they are written.
         sent(source_id=".."),
         sent(id="."),
+        # In the path, this is somebody else's own id.
+        sent(source_id="cust_1"),
     ],
 )
 async def test_what_carries_no_proof_cannot_be_looked_up(body: bytes) -> None:
