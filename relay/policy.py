@@ -114,7 +114,8 @@ class Policy:
                 few = self._restricted and identity is None
                 say("fields", "as an anonymous sender may" if few else "allowed")
             own = None
-            if rule.own:
+            # Not `rule.own`, which is made anew at each call.
+            if rule.occurred_at is not None or rule.event_id is not None:
                 own = self._own_metadata(event, event_id, sender, rule, now, say)
         except Refused as refused:
             refused.name, refused.id = event.event, event.id
