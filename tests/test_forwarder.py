@@ -72,29 +72,30 @@ class Delivery:
         return await self.outcomes()
 
 
+@asynccontextmanager
+async def delivering(
+    url: str, queue: Queue, config: SandboxConfig, **upstream: object
+) -> AsyncIterator[Delivery]:
+    async with serve_sandbox(config) as running:
+        to = Voucherify(base_url=running.url, timeout=1.0, **upstream)  # type: ignore[arg-type]  # its own keywords
+        clock = Clock(url, queue.prefix.strip("{}"))
+        bench = Bench(queue, clock, redis.asyncio.Redis.from_url(url))
+        yield Delivery(bench, running.sandbox, to, running.url)
+        await bench.balanced()
+        await to.aclose()
+        await bench.aclose()
+        running.sandbox.assert_clean()
+
+
 @pytest.fixture
 async def delivery(valkey_url: str, prefix: str) -> AsyncIterator[Delivery]:
     config = SandboxConfig(client_limit=None)
-    async with serve_sandbox(config) as running:
-        queue = Queue(url=valkey_url, prefix=prefix, timeout=5.0)
-        upstream = Voucherify(
-            base_url=running.url,
-            keys=Keys(
-                app_id=config.application_id, token=SecretStr(config.client_token)
-            ),
-            origin="https://shop.example",
-            timeout=1.0,
-        )
-        bench = Bench(
-            queue, Clock(valkey_url, prefix), redis.asyncio.Redis.from_url(valkey_url)
-        )
-        yield Delivery(bench, running.sandbox, upstream, running.url)
-        await bench.balanced()
-        await upstream.aclose()
-        await queue.aclose()
-        await bench.clock.aclose()
-        await bench.client.aclose()
-        running.sandbox.assert_clean()
+    keys = Keys(app_id=config.application_id, token=SecretStr(config.client_token))
+    queue = Queue(url=valkey_url, prefix=prefix, timeout=5.0)
+    async with delivering(
+        valkey_url, queue, config, keys=keys, origin="https://shop.example"
+    ) as made:
+        yield made
 
 
 async def test_a_queued_event_is_delivered_and_wakes_an_idle_forwarder(
@@ -569,24 +570,10 @@ VERIFY = "verify:relay_id"
 async def asking(valkey_url: str, prefix: str) -> AsyncIterator[Delivery]:
     """The same with the server API, where what may have arrived can be looked up."""
     config = SandboxConfig()
-    async with serve_sandbox(config) as running:
-        queue = Queue(url=valkey_url, prefix=prefix, timeout=5.0, look_up_ms=20)
-        upstream = Voucherify(
-            base_url=running.url,
-            api="server",
-            keys=Keys(
-                app_id=config.server_app_id, token=SecretStr(config.server_app_token)
-            ),
-            timeout=1.0,
-        )
-        bench = Bench(
-            queue, Clock(valkey_url, prefix), redis.asyncio.Redis.from_url(valkey_url)
-        )
-        yield Delivery(bench, running.sandbox, upstream, running.url)
-        await bench.balanced()
-        await upstream.aclose()
-        await bench.aclose()
-        running.sandbox.assert_clean()
+    keys = Keys(app_id=config.server_app_id, token=SecretStr(config.server_app_token))
+    queue = Queue(url=valkey_url, prefix=prefix, timeout=5.0, look_up_ms=20)
+    async with delivering(valkey_url, queue, config, api="server", keys=keys) as made:
+        yield made
 
 
 async def send_named(

@@ -112,10 +112,10 @@ class Cluster:
 
     def activity(self, request: Request) -> Answer:
         """Answer what a customer did."""
-        if request.method != "GET":
-            refusal = framework_error("method", 405)
-            return refusal.with_headers((("Allow", "GET"),))
-        if (refused := self._keys(request, "server", opens="activity")) is not None:
+        refused = _method(request, "GET") or self._keys(
+            request, "server", opens="activity"
+        )
+        if refused is not None:
             return refused
         refused, headers = self._take_call()
         return refused or self._activity(request).with_headers(headers)
@@ -321,11 +321,11 @@ def trusted(origin: str, domains: tuple[str, ...]) -> bool:
     return False
 
 
-def _method(request: Request) -> Answer | None:
-    if request.method == "POST":
+def _method(request: Request, only: str = "POST") -> Answer | None:
+    if request.method == only:
         return None
     refusal = framework_error("method", 405)
-    return refusal.with_headers((("Allow", "POST"),))
+    return refusal.with_headers((("Allow", only),))
 
 
 def _media_types(request: Request) -> Answer | None:
