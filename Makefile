@@ -12,7 +12,7 @@ demo: $(RUN)  ## the whole relay on this machine, with a fake Voucherify
 	@$(BIN)/python -m relay demo
 
 test: $(DEV)  ## every test that this machine has the programs for
-	@$(BIN)/pytest $(ARGS)
+	@$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 simulate: $(DEV)  ## days of traffic in seconds, into docs/delivery.md; ARGS="--scenario sale"
 	@$(BIN)/python -m simulation $(ARGS)

@@ -30,6 +30,9 @@ MAX_PEOPLE = 1000
 BATCH_BYTES = 4 * 1024 * 1024
 
 
+Packed = tuple[dict[str, str], dict[str, dict[str, str]], "Counter[Kind]", list[bytes]]
+
+
 class Kind(StrEnum):
     """Where something was said."""
 
@@ -119,6 +122,20 @@ class Recorder:
     def kinds(self, of: str = "") -> set[Kind]:
         """What kinds were heard."""
         return {heard.kind for batch in self._batches(of) for heard in batch}
+
+    def packed(self) -> Packed:
+        """All that it knows and has heard, for `add` of another one."""
+        self._put_away()
+        return self.secrets, self.people, self.heard, self._kept
+
+    def add(self, packed: Packed) -> None:
+        """Know and have heard what another has, too."""
+        secrets, people, heard, kept = packed
+        self.secrets = {**secrets, **self.secrets}
+        for file, known in people.items():
+            self.people[file] = {**known, **self.people.get(file, {})}
+        self.heard.update(heard)
+        self._kept += kept
 
     @property
     def size(self) -> int:

@@ -6,10 +6,11 @@ answers that a browser, Node or nginx got, except as far as they showed in turn.
 """
 
 import os
+import pickle
 import re
 import subprocess
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import wraps
@@ -38,6 +39,12 @@ from relay.signing import InvalidClaim, Signer, TokenRefused
 from relay.verdicts import MIN_SECRET
 from tests.leaks import Kind, Recorder
 
+# What is looked for at the end of a run, in its report.
+LOOK_BACK = (
+    "tests/test_leaks.py::"
+    "test_what_the_suite_made_the_relay_say_holds_no_secret_and_no_other_customer"
+)
+TESTS = Path(__file__).parent
 OVERLAP = 4096  # of an output that is read again, so that no look cuts a value in two
 # Tests whose secrets are faulty, and so short, and looked for by the test itself; and
 # one with the secret that its digests were once made of.
@@ -115,6 +122,7 @@ class Listener:
     recorder: Recorder
     fakes: set[int] = field(default_factory=set)  # ports of sandboxes
     short: set[str] = field(default_factory=set)  # secrets that nobody can look for
+    files: set[str] = field(default_factory=set)  # that had a test in this run
     _outputs: list[Output] = field(default_factory=list)
     _signers: Counter[str] = field(default_factory=Counter)
     _sent: WeakKeyDictionary[object, bytes] = field(default_factory=WeakKeyDictionary)
@@ -326,12 +334,57 @@ class Listener:
         kind = Kind.EVENT if holds_events else Kind.METRIC
         self.recorder.hear(kind, at, repr(_content(server, key)))
 
-    def report(self, report: pytest.TestReport) -> None:
+    def report(self, report: pytest.TestReport, *, heard: bool) -> None:
         """Hear what a test that has ended left in pytest's own capture."""
+        self.files.add(report.nodeid.partition("::")[0])
+        if heard:
+            return
         if report.when == "teardown":  # has the sections of setup and call, too
             for _, said in report.sections:
                 self.recorder.hear(Kind.LOG, report.nodeid, said)
             self.look()
+
+    # At the end
+
+    def hand_over(self, file: Path) -> None:
+        """Leave all that was heard in this process to another."""
+        self.look()
+        file.write_bytes(pickle.dumps((self.recorder.packed(), self.short)))
+
+    def take_over(self, file: Path) -> None:
+        """Take what another process has handed over."""
+        packed, short = pickle.loads(file.read_bytes())  # noqa: S301  # our own
+        self.recorder.add(packed)
+        self.short |= short
+
+    def faults(self) -> list[str]:
+        """What was said and must not be, and whether something was not heard."""
+        self.look()
+        faults = [*sorted(self.short), *map(str, self.recorder.leaks())]
+        if self.files >= all_files():
+            faults += self._deaf()
+        return faults
+
+    def _deaf(self) -> Iterator[str]:
+        """Where a run of the whole suite must hear something, and this has not."""
+        recorder = self.recorder
+        for kind in set(Kind) - set(recorder.heard):
+            yield f"no {kind} was heard"
+        known = {variable(name) for name in SECRETS} | {"an access token", "a token"}
+        for name in known - set(recorder.secrets.values()):
+            yield f"no secret was known as {name}"
+        if len(recorder.people) <= 5:
+            yield "the customers of most tests are not known"
+
+
+def all_files() -> set[str]:
+    """The files of the suite, as pytest names them."""
+    found = set()
+    for place, directories, names in os.walk(TESTS):
+        directories[:] = set(directories) - {"node_modules", "dist"}
+        files = (Path(place, name) for name in names if name.endswith(".py"))
+        found |= {f for f in files if f.name.startswith("test_")}
+    return {str(file.relative_to(TESTS.parent)) for file in found}
 
 
 def _ports(server: SandboxServer) -> set[int]:

@@ -1,7 +1,7 @@
 """Nothing that the relay says holds a secret, or what another customer has sent.
 
-The last test of the whole suite looks at everything that the others made it say.
-Those before show that it would find a leak, wherever and however it is written.
+At the end of a run conftest.py looks at everything that the tests made it say. These
+show that it would find a leak, wherever and however it is written.
 """
 
 import asyncio
@@ -29,9 +29,8 @@ from uvicorn._types import ASGIApplication
 
 from relay.errors import RelayError
 from relay.sandbox.server import serve_sandbox
-from relay.settings import SECRETS, variable
 from tests.leaks import Kind, Recorder
-from tests.listening import of_session, where
+from tests.listening import Listener, all_files, of_session, where
 from tests.programs import RELAY
 from tests.support import serve
 
@@ -83,7 +82,7 @@ def test_a_secret_is_found_everywhere_in_every_disguise(
     assert SECRET not in str(recorder.leaks())
 
 
-@pytest.mark.parametrize("kind", set(Kind) - {Kind.EVENT})
+@pytest.mark.parametrize("kind", [kind for kind in Kind if kind is not Kind.EVENT])
 @pytest.mark.parametrize("disguise", DISGUISES.values(), ids=DISGUISES)
 def test_what_a_customer_has_sent_is_found_where_it_does_not_belong(
     disguise: Callable[[str], str], kind: Kind
@@ -225,9 +224,11 @@ def test_structured_logs_and_what_pytest_has_captured_are_heard(
     with structlog.testing.capture_logs():
         structlog.get_logger().info("it.leaked", detail=secret)
     [first] = scratch.leaks()
-    of_session().report(a_report("setup", secret))  # the same comes with the last one
-    assert scratch.leaks() == [first]
-    of_session().report(a_report("teardown", secret))
+    of_session().report(
+        a_report("setup", secret), heard=False
+    )  # comes with the last one
+    assert scratch.leaks() == [first]  # for it comes with the last one as well
+    of_session().report(a_report("teardown", secret), heard=False)
     assert len(scratch.leaks()) == 2
 
 
@@ -273,28 +274,29 @@ def test_redis_is_heard_names_and_values_and_left_empty(
     ]
 
 
-# The whole suite
-
-
-@pytest.mark.timeout(240)  # it looks at all that some thousand tests have heard
-def test_what_the_suite_made_the_relay_say_holds_no_secret_and_no_other_customer(
-    request: pytest.FixtureRequest,
+def test_a_secret_of_one_process_is_found_in_what_another_has_heard(
+    tmp_path: Path,
 ) -> None:
-    assert request.session.items[-1] is request.node  # conftest.py puts it there
-    listener = of_session()
-    listener.look()
-    recorder = listener.recorder
-    assert not listener.short, "\n".join(sorted(listener.short))
-    found = recorder.leaks()
-    assert not found, "\n".join(map(str, found))
-    if _is_whole(request.session):  # or one of the places has gone deaf
-        assert set(recorder.heard) == set(Kind)
-        known = {variable(name) for name in SECRETS} | {"an access token", "a token"}
-        assert known <= set(recorder.secrets.values())
-        assert len(recorder.people) > 5
+    knows, hears = Listener(Recorder()), Listener(Recorder())
+    knows.recorder.secret(SECRET, "a key")
+    knows.short.add("tests/test_it.py::test_it: RELAY_OPS_TOKEN")
+    hears.recorder.sent("tests/test_it.py::a", b'{"email": "%s"}' % EMAIL.encode())
+    hears.recorder.hear(Kind.LOG, "tests/test_it.py::b", f"{SECRET} of {EMAIL}")
+    whole = Listener(Recorder())
+    for number, one in enumerate((knows, hears)):
+        one.hand_over(tmp_path / str(number))
+        whole.take_over(tmp_path / str(number))
+    short, *leaks = whole.faults()
+    assert short == "tests/test_it.py::test_it: RELAY_OPS_TOKEN"
+    assert len(leaks) == 2
+    assert "a key in the log" in leaks[0]
+    assert "a customer's email in the log" in leaks[1]
 
 
-def _is_whole(session: pytest.Session) -> bool:
-    """Whether this run has tests of every file."""
-    run = {item.path for item in session.items}
-    return run >= set(Path(__file__).parent.rglob("test_*.py"))
+def test_a_run_of_all_files_that_has_heard_nothing_is_at_fault() -> None:
+    listener = Listener(Recorder())
+    assert listener.faults() == []
+    listener.files |= all_files()
+    assert "no answer was heard" in listener.faults()
+    listener.files.pop()
+    assert listener.faults() == []
