@@ -392,8 +392,11 @@ def _try_lock(path: Path) -> int | None:
 
 
 def _socket_path(directory: Path) -> Path:
-    path = directory / "redis.sock"
-    if len(os.fsencode(path)) <= SOCKET_PATH_MAX:
-        return path
     mark = hashlib.blake2b(os.fsencode(directory), digest_size=6).hexdigest()
-    return Path(tempfile.gettempdir(), f"relay-{os.geteuid()}-{mark}", "redis.sock")
+    own = f"relay-{os.geteuid()}-{mark}"
+    # The last one always fits, and `_own_directory` lets nobody else make it.
+    for place in (directory, Path(tempfile.gettempdir(), own), Path("/tmp", own)):  # noqa: S108
+        path = place / "redis.sock"
+        if len(os.fsencode(path)) <= SOCKET_PATH_MAX:
+            break
+    return path

@@ -337,6 +337,17 @@ def test_a_path_too_long_for_a_socket_works(tmp_path: Path, over: int) -> None:
     assert path.parent.exists() == (over == 0)
 
 
+def test_a_temp_directory_of_too_long_a_path_works_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / ("t" * SOCKET_PATH_MAX)))
+    with EmbeddedServer(data_dir=tmp_path / ("d" * SOCKET_PATH_MAX)) as server:
+        assert _answers(server.url)
+        path = Path(server.url.removeprefix("unix://"))
+        assert path.parent.parent == Path("/tmp")  # noqa: S108
+    assert not path.parent.exists()
+
+
 def test_a_planted_link_in_the_temp_directory_is_refused(tmp_path: Path) -> None:
     home = tmp_path / ("d" * SOCKET_PATH_MAX)
     server = EmbeddedServer(data_dir=home)
