@@ -67,7 +67,9 @@ class TrustedProxies:
                 raise ValueError(msg) from None
         self._v4 = [net for net in parsed if isinstance(net, IPv4Network)]
         self._v6 = [net for net in parsed if isinstance(net, IPv6Network)]
-        self._masks = [(int(net.netmask), int(net.network_address)) for net in self._v4]
+        runs = [run for net in self._v4 for run in _runs(net)]
+        self._runs = tuple(run for run in runs if run.endswith("."))
+        self._single = frozenset(run for run in runs if not run.endswith("."))
         self._contains = lru_cache(CACHE)(self._search)
 
     def __reduce__(self) -> tuple[type[Self], tuple[tuple[str, ...]]]:
@@ -89,9 +91,12 @@ class TrustedProxies:
         if address is None:
             return self.unix
         if _plain_v4(address):
-            number = int.from_bytes(map(int, address.split(".")))
-            return any(number & mask == net for mask, net in self._masks)
+            return self._trusts_plain(address)
         return self._contains(address[: MAX_ENTRY + 1])
+
+    def _trusts_plain(self, address: str) -> bool:
+        """The same of a plain IPv4 address, without parsing it."""
+        return address.startswith(self._runs) or address in self._single
 
     def _search(self, text: str) -> bool:
         address = _parse(text)
@@ -165,18 +170,24 @@ def is_any(host: str) -> bool:
     return address is not None and address.is_unspecified
 
 
-def _from_the_right(lines: Sequence[bytes | str]) -> Iterable[str]:
-    hops = 0
-    for line in reversed(lines):
-        text = line.decode("latin-1") if isinstance(line, bytes) else line
-        # One more split than is read, so that the unsplit rest is never an entry.
-        for entry in reversed(text.rsplit(",", MAX_HOPS)):
-            if hops == MAX_HOPS:
-                return
-            hops += 1
-            stripped = entry.strip(" \t")
-            if stripped:  # RFC 9110, 5.6.1: empty list elements are ignored.
-                yield stripped[: MAX_ENTRY + 1]
+def _runs(network: IPv4Network) -> Iterable[str]:
+    """What the addresses of a network begin with, at most 128 runs of whole bytes.
+
+    "10." or "192.168."; an address of four bytes is one itself.
+    """
+    length = -(-network.prefixlen // 8)
+    for part in network.subnets(new_prefix=8 * length):
+        run = ".".join(str(part.network_address).split(".")[:length])
+        yield run if length == 4 else f"{run}."
+
+
+def _from_the_right(lines: Sequence[bytes | str]) -> list[str]:
+    texts = [x.decode("latin-1") if isinstance(x, bytes) else x for x in lines]
+    # RFC 9110, 5.3: several lines are one list. One more split than is read, so that
+    # the unsplit rest is never an entry.
+    entries = ",".join(texts).rsplit(",", MAX_HOPS)[-MAX_HOPS:]
+    stripped = [entry.strip(" \t")[: MAX_ENTRY + 1] for entry in reversed(entries)]
+    return [entry for entry in stripped if entry]  # 5.6.1: empty ones are ignored
 
 
 def _peer(text: str) -> str:

@@ -21,7 +21,7 @@ import structlog
 
 from relay.errors import QueueUnavailable
 from relay.outcomes import Outcome
-from relay.queue import Refused, Reply, Request
+from relay.queue import Event, Refused, Reply, Request
 
 # Beyond it a batch gains little, and while Redis has a large one the edge has nothing
 # to do: two of this size keep both busy.
@@ -40,7 +40,7 @@ log = structlog.get_logger()
 
 # Whoever waits for a result. Must not raise.
 Then = Callable[[Reply | Exception], None]
-Waiting = tuple[Request, Then]
+Waiting = tuple[Request, int, Then]  # with the bytes of its bodies
 
 
 class Commits(Protocol):
@@ -73,6 +73,8 @@ class Admission:
         self._flusher: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
+        # Kept, for to ask for it costs a call of the system each time.
+        self._loop = asyncio.get_running_loop()
         self._flusher = asyncio.create_task(self._flush_refusals())
 
     async def stop(self) -> None:
@@ -106,29 +108,31 @@ class Admission:
         Raises `QueueUnavailable` at once while Redis is known to be away, and when
         more waits than can be taken in soon.
         """
-        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Reply] = self._loop.create_future()
         self.submit_then(request, partial(_settle, future))
         return future
 
     def submit_then(self, request: Request, then: Then) -> None:
         """The same for who needs no future: `then` gets the result, or what failed."""
-        loop = asyncio.get_running_loop()
-        if self._open_until > loop.time():
+        if self._open_until and self._open_until > self._loop.time():
             raise QueueUnavailable(
                 "redis_unreachable", "The queue is away: try again soon."
             )
+        events = request[1]
         if (
-            self._waiting_events + len(request[1]) > MAX_WAITING_EVENTS
+            self._waiting_events + len(events) > MAX_WAITING_EVENTS
             or self._waiting_bytes > MAX_WAITING_BYTES
         ):
             raise QueueUnavailable("overloaded", "Too much at once: try again soon.")
-        self._waiting.append((request, then))
-        self._waiting_events += len(request[1])
-        self._waiting_bytes += _size(request)
+        # Most requests have one event.
+        size = len(events[0][7]) if len(events) == 1 else _size(events)
+        self._waiting.append((request, size, then))
+        self._waiting_events += len(events)
+        self._waiting_bytes += size
         if not self._scheduled and self._slots:
             # At the end of this turn of the loop: what was read together goes together.
             self._scheduled = True
-            loop.call_soon(self._flush)
+            self._loop.call_soon(self._flush)
 
     def _flush(self, *, final: bool = False) -> None:
         self._scheduled = False
@@ -143,14 +147,13 @@ class Admission:
         batch: list[Waiting] = []
         events = size = 0
         while self._waiting:
-            request = self._waiting[0][0]
-            grown = size + _size(request)
+            request, bytes_, _ = self._waiting[0]
             full = events + len(request[1]) > MAX_BATCH_EVENTS
-            if batch and (full or grown > MAX_BATCH_BYTES):
+            if batch and (full or size + bytes_ > MAX_BATCH_BYTES):
                 break
             batch.append(self._waiting.popleft())
             events += len(request[1])
-            size = grown
+            size += bytes_
         self._waiting_events -= events
         self._waiting_bytes -= size
         return batch
@@ -159,16 +162,16 @@ class Admission:
         refused, self._refused = self._refused, Counter()
         try:
             replies = await self._insist(
-                slot, [request for request, _ in batch], refused
+                slot, [request for request, _, _ in batch], refused
             )
             self._open_s = BREAKER_FIRST_S
-            for (_, then), reply in zip(batch, replies, strict=True):
+            for (_, _, then), reply in zip(batch, replies, strict=True):
                 then(reply)
         except QueueUnavailable as error:
             self._fail(batch, error)
         except Exception as error:
             # A fault of the script or of ours: each request answers for itself.
-            for _, then in batch:
+            for _, _, then in batch:
                 then(error)
             self._refused.update(refused)  # written last, so certainly not counted
             log.exception("admission.failed")
@@ -183,8 +186,7 @@ class Admission:
         self._seq += 1
         seq, pause = self._seq, FIRST_PAUSE_S
         counts: list[Refused] = [(*kind, n) for kind, n in refused.items()]
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._deadline_s
+        deadline = self._loop.time() + self._deadline_s
         sent = False
         while True:
             try:
@@ -193,7 +195,7 @@ class Admission:
                 return await self._queue.commit(slot, seq, requests, counts)
             except QueueUnavailable as error:
                 hopeless = error.reason in ("redis_full", "redis_auth")
-                if hopeless or loop.time() + pause > deadline:
+                if hopeless or self._loop.time() + pause > deadline:
                     if sent:
                         self._unsure[slot] = (seq, counts)
                     else:
@@ -216,11 +218,10 @@ class Admission:
 
     def _fail(self, batch: list[Waiting], error: QueueUnavailable) -> None:
         """Redis stayed away: answer everyone who waits, and ask again in a while."""
-        loop = asyncio.get_running_loop()
         again_in_s = self._open_s
-        self._open_until = loop.time() + again_in_s
+        self._open_until = self._loop.time() + again_in_s
         self._open_s = min(2 * again_in_s, BREAKER_MAX_S)
-        for _, then in (*batch, *self._waiting):
+        for _, _, then in (*batch, *self._waiting):
             then(error)
         self._waiting.clear()
         self._waiting_events = self._waiting_bytes = 0
@@ -230,13 +231,13 @@ class Admission:
         while True:
             await asyncio.sleep(REFUSALS_EVERY_S)
             idle = len(self._slots) == IN_FLIGHT
-            away = self._open_until > asyncio.get_running_loop().time()
+            away = self._open_until > self._loop.time()
             if (self._refused or self._unsure) and idle and not away:
                 self._flush(final=True)
 
 
-def _size(request: Request) -> int:
-    return sum(len(event[7]) for event in request[1])
+def _size(events: list[Event]) -> int:
+    return sum(len(event[7]) for event in events)
 
 
 def _settle(future: asyncio.Future[Reply], result: Reply | Exception) -> None:

@@ -6,10 +6,10 @@ Voucherify would have said, made only of what the sender itself has sent.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
+from msgspec import Struct, field
 
 from relay.events import Event
 from relay.outcomes import Outcome
@@ -33,8 +33,7 @@ STATUS = {
 }
 
 
-@dataclass(slots=True)
-class Response:
+class Response(Struct):
     """An answer, the refusals it stands for, and what else is to be counted."""
 
     status: int

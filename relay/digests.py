@@ -11,7 +11,8 @@ class Digests:
     """The digests of one shop: 18 hexadecimal characters each."""
 
     def __init__(self, key: bytes) -> None:
-        self._key = blake2b(key, digest_size=32).digest()
+        key = blake2b(key, digest_size=32).digest()
+        self._keyed = blake2b(key=key, digest_size=9)  # to be copied
 
     def address(self, address: str) -> str:
         """Of a client's address, as limits count it."""
@@ -35,4 +36,6 @@ class Digests:
         return self._digest(b"t" if signed else b"s", source_id or "")
 
     def _digest(self, kind: bytes, value: str) -> str:
-        return blake2b(kind + value.encode(), key=self._key, digest_size=9).hexdigest()
+        digest = self._keyed.copy()
+        digest.update(kind + value.encode())
+        return digest.hexdigest()

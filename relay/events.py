@@ -14,7 +14,6 @@ Pure: bytes in, values out. Numbers keep their kind and every digit.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from typing import Annotated
 
@@ -126,8 +125,7 @@ class Invalid(Refused):
         super().__init__(Outcome.INVALID, reason, detail, name=name)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Body:
+class Body(Struct, kw_only=True):
     """The events of one request, each still to be checked, and their token."""
 
     events: list[Raw] | list[bytes]
@@ -175,10 +173,10 @@ def read_event(raw: Raw | bytes) -> Event:
     except _FAULTS as fault:
         raise _explain(fault, raw) from fault
     customer = event.customer
-    if event.metadata is not None or (
-        customer is not None and customer.metadata is not None
-    ):
-        _check_metadata(event)
+    if event.metadata is not None:
+        _check_metadata(event, "metadata", event.metadata, level=2)
+    if customer is not None and customer.metadata is not None:
+        _check_metadata(event, "customer.metadata", customer.metadata, level=3)
     if event.age is not _UNSAID:
         age_ms(event)
     return event
@@ -283,24 +281,19 @@ def _batch(body: bytes) -> Batch | None:
         return None
 
 
-def _check_metadata(event: Event) -> None:
-    customer = event.customer
-    for where, metadata, level in (
-        ("metadata", event.metadata, 2),
-        ("customer.metadata", customer.metadata if customer else None, 3),
-    ):
-        if metadata is None:
-            continue
-        if len(metadata) > MAX_METADATA_KEYS:
-            raise _named(
-                event,
-                "too_many_metadata_keys",
-                f"{where} has {len(metadata)} keys, at most {MAX_METADATA_KEYS} "
-                "are allowed.",
-            )
-        for value in metadata.values():
-            if isinstance(value, dict | list) and _deeper(value, MAX_DEPTH - level):
-                raise _named(event, "too_deep", _TOO_DEEP.format(where))
+def _check_metadata(
+    event: Event, where: str, metadata: Metadata, *, level: int
+) -> None:
+    if len(metadata) > MAX_METADATA_KEYS:
+        raise _named(
+            event,
+            "too_many_metadata_keys",
+            f"{where} has {len(metadata)} keys, at most {MAX_METADATA_KEYS} "
+            "are allowed.",
+        )
+    for value in metadata.values():
+        if isinstance(value, (dict, list)) and _deeper(value, MAX_DEPTH - level):
+            raise _named(event, "too_deep", _TOO_DEEP.format(where))
 
 
 _TOO_DEEP = "{} is nested too deeply: an event has at most " + f"{MAX_DEPTH} levels."

@@ -7,6 +7,7 @@ one write. The checks are the same: `endpoints.Track` has both ways in.
 """
 
 import asyncio
+from collections.abc import Mapping
 from typing import cast
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -23,6 +24,9 @@ class _Nobody:
 
 
 _NOBODY = _Nobody()
+# Headers that decide which way a request takes. All but the first need ASGI.
+_DECIDING = frozenset((b"content-length", b"prefer", b"transfer-encoding", b"expect"))
+_CLOSE = (b"connection", b"close")
 
 
 class Beacon:
@@ -50,32 +54,42 @@ class BeaconProtocol(HttpToolsProtocol):
 
     # Of the last headers that uvicorn adds to each answer, and how they are written.
     _usual: tuple[object, bytes] = (None, b"")
+    _tracks: Mapping[bytes, Track] = {}
+    # Since when nothing is asked on this connection, by the loop's clock, and the timer
+    # that looks at it. uvicorn sets one for each request, which costs a microsecond.
+    _idle_since = 0.0
+    _idle_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+        super().connection_made(transport)
+        self._tracks = getattr(self.app, "beacons", {})
 
     def on_message_begin(self) -> None:
         # The rest is only needed where ASGI is.
         self.url = b""
-        self.expect_100_continue = False
         self.headers = []
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         track = self._short_way()
         if track is not None:
             self.cycle = cast("object", Beacon(track, self.headers))  # type: ignore[assignment]  # as uvicorn uses it
             return
-        url, headers, expects = self.url, self.headers, self.expect_100_continue
+        url, headers = self.url, self.headers
         super().on_message_begin()
-        self.url, self.expect_100_continue = url, expects
-        self.headers += headers  # the scope has this list
+        self.url = url
+        for header in headers:  # into the list that the scope has
+            super().on_header(*header)
         super().on_headers_complete()
 
     def _short_way(self) -> Track | None:
         """Who takes this request on the short way; None: it goes through ASGI."""
-        tracks: dict[bytes, Track] = getattr(self.app, "beacons", {})
-        track = tracks.get(self.url)
+        track = self._tracks.get(self.url)
         parser = self.parser
         if (
             track is None
-            or self.expect_100_continue
             or parser.get_method() != b"POST"
             or parser.get_http_version() != "1.1"
             or not parser.should_keep_alive()
@@ -85,10 +99,11 @@ class BeaconProtocol(HttpToolsProtocol):
             return None
         length = b""
         for name, value in self.headers:
-            if name == b"content-length":
-                length = value
-            elif name in (b"prefer", b"transfer-encoding"):
+            if name not in _DECIDING:
+                continue
+            if name != b"content-length":
                 return None
+            length = value
         small = length.isdigit() and len(length) < 8 and int(length) <= MAX_BODY_BYTES
         return track if small else None
 
@@ -114,6 +129,7 @@ class BeaconProtocol(HttpToolsProtocol):
         )
 
     def data_received(self, data: bytes) -> None:
+        self._idle_since = 0.0
         super().data_received(data)
         cycle: object = self.cycle
         if type(cycle) is Beacon and cycle.more_body and cycle.timer is None:
@@ -126,6 +142,8 @@ class BeaconProtocol(HttpToolsProtocol):
         cycle: object = self.cycle
         if type(cycle) is Beacon and cycle.timer is not None:
             cycle.timer.cancel()
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
         super().connection_lost(exc)
 
     def _peer(self) -> str | None:
@@ -141,17 +159,38 @@ class BeaconProtocol(HttpToolsProtocol):
             return
         cycle.response_complete = True
         parts = [STATUS_LINE[said.status], self._usual_headers()]
-        told = False
         for name, value in said.headers:
             parts += (name, b": ", value, b"\r\n")
-            told = told or name == b"connection"  # of ours it is always close
+        told = _CLOSE in said.headers
         if not cycle.keep_alive and not told:
             parts.append(b"connection: close\r\n")
         parts += (b"\r\n", said.body)
         self.transport.write(b"".join(parts))
         if told or not cycle.keep_alive:
             self.transport.close()
-        self.on_response_complete()
+        if self.pipeline or self.transport.is_closing():
+            self.on_response_complete()
+        else:
+            self.server_state.total_requests += 1
+            self._wait_for_the_next()
+
+    def _wait_for_the_next(self) -> None:
+        """Let the connection idle for as long as uvicorn would."""
+        self._idle_since = self.loop.time()
+        if self._idle_timer is None:
+            self._idle_timer = self.loop.call_later(
+                self.timeout_keep_alive, self._look_whether_idle
+            )
+
+    def _look_whether_idle(self) -> None:
+        self._idle_timer = None
+        if not self._idle_since:
+            return  # something is asked: its answer sets the next timer
+        left = self._idle_since + self.timeout_keep_alive - self.loop.time()
+        if left > 0:
+            self._idle_timer = self.loop.call_later(left, self._look_whether_idle)
+        else:
+            self.timeout_keep_alive_handler()
 
     def _usual_headers(self) -> bytes:
         """uvicorn's own headers; it makes them anew each second, for the date."""

@@ -69,12 +69,13 @@ def said() -> Response:
 
 
 @asynccontextmanager
-async def spoken(app: App) -> AsyncIterator[Streams]:
+async def spoken(app: App, **options: object) -> AsyncIterator[Streams]:
     served = serve(
         cast("ASGIApplication", app),
         http=BeaconProtocol,
         lifespan="off",
         proxy_headers=False,
+        **options,
     )
     async with served as url:
         yield await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
@@ -220,3 +221,30 @@ async def test_a_server_that_stops_answers_what_it_has_taken_and_closes() -> Non
     assert got.endswith(b"short")
     assert b"connection: close" in got
     writer.close()
+
+
+async def test_an_idle_connection_is_closed_and_one_that_is_asked_is_not() -> None:
+    app = App()
+    async with spoken(app, timeout_keep_alive=0.2) as (reader, writer):
+        writer.write(PLAIN.encode())
+        await reader.readuntil(b"short")
+        other, other_writer = await asyncio.open_connection(
+            *writer.get_extra_info("peername")
+        )
+        app.hold = True
+        writer.write(PLAIN.encode())
+
+        async def asked_again() -> bool:
+            return bool(app.held)
+
+        await eventually(asked_again)
+        app.hold = False
+        # Asked later, and idle for long enough to be closed.
+        other_writer.write(PLAIN.encode())
+        async with asyncio.timeout(10):
+            assert (await other.read()).endswith(b"short")
+            app.held[0](said())
+            assert (await reader.readuntil(b"short")).startswith(b"HTTP/1.1 202")
+            assert await reader.read() == b""
+        other_writer.close()
+        writer.close()
