@@ -25,7 +25,7 @@ from relay.queue import Event, Refused, Reply, Request
 
 # Beyond it a batch gains little, and while Redis has a large one the edge has nothing
 # to do: two of this size keep both busy.
-MAX_BATCH_EVENTS = 32
+MAX_BATCH_EVENTS = 24
 MAX_BATCH_BYTES = 256 * 1024
 IN_FLIGHT = 2  # one being answered while the next one gathers
 MAX_WAITING_EVENTS, MAX_WAITING_BYTES = 5_000, 16 * 1024 * 1024
