@@ -35,6 +35,8 @@ BACKOFF_S, BACKOFF_MAX_S = 0.05, 2.0
 # still for so long (a stopped process, a paused machine) sends it no more.
 MARK_GOOD_S = 10.0
 LAST_SETTLE_S = 3.0  # after the drain: for Redis to take the last results
+# How long a free hand waits for others that become free, so that they claim together.
+GATHER_S = 0.002
 
 log = structlog.get_logger()
 
@@ -88,7 +90,10 @@ class Forwarder:
         self._backoff = backoff
         self._look_out_s = look_out_s
         self._looked_out = float("-inf")
-        self._in_flight: dict[asyncio.Task[None], str] = {}  # and its event's place
+        self._calls: set[asyncio.Task[None]] = set()
+        # The places of all that was claimed and is not settled yet: what is called for
+        # now, and as many results again while Redis takes its time.
+        self._held: set[str] = set()
         # What this process sent and may have arrived, of what must not be sent twice.
         # Redis may go back in time (a failover, a lost second) and hand it out anew.
         self._sent: OrderedDict[tuple[str, int], None] = OrderedDict()
@@ -96,6 +101,7 @@ class Forwarder:
         self._settling: asyncio.Task[None] | None = None
         self._bell: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
+        self._gathering: asyncio.TimerHandle | None = None
         self._stopping = False
 
     async def run(self) -> None:
@@ -124,13 +130,17 @@ class Forwarder:
     async def _turn(self) -> None:
         now = asyncio.get_running_loop().time()
         look_out = now - self._looked_out >= self._look_out_s
-        free = self._concurrency - len(self._in_flight)
-        held = self._in_flight.values() if look_out else ()
         # With no hand free it is a heartbeat only.
-        tick = await self._queue.tick(self.name, free, look_out=look_out, held=held)
+        tick = await self._queue.tick(
+            self.name,
+            self._free,
+            look_out=look_out,
+            held=tuple(self._held) if look_out else (),
+        )
         if look_out:
             self._looked_out = now
         since = Moment.now()
+        self._held.update(claimed.place for claimed in tick.claimed)
         unmarked = await self._mark(tick.claimed)
         for claimed in tick.claimed:
             task = asyncio.create_task(
@@ -141,9 +151,9 @@ class Forwarder:
                     since=since,
                 )
             )
-            self._in_flight[task] = claimed.place
+            self._calls.add(task)
             task.add_done_callback(self._landed)
-        if len(self._in_flight) >= self._concurrency:
+        if not self._free:
             await self._nap(NAP_S)
         elif tick.doorbell:
             await self._idle(tick.doorbell, tick.wait_ms)
@@ -161,8 +171,30 @@ class Forwarder:
             return {c.place: error.reason for c in paying}
         return {c.place: "" for c, ours in zip(paying, marked, strict=True) if not ours}
 
+    @property
+    def _free(self) -> int:
+        """How many more can be called for. As many results may wait for Redis.
+
+        To let more of them wait is slower: fewer share a claim.
+        """
+        unsettled = len(self._held) - len(self._calls)
+        return max(0, self._concurrency - max(len(self._calls), unsettled))
+
     def _landed(self, task: asyncio.Task[None]) -> None:
-        self._in_flight.pop(task)
+        self._calls.discard(task)
+        self._claim_soon()
+
+    def _claim_soon(self) -> None:
+        """Claim for the hands that are free now, together with those free soon."""
+        if self._free >= self._concurrency // 2:
+            self._wake.set()
+        elif self._gathering is None:
+            self._gathering = asyncio.get_running_loop().call_later(
+                GATHER_S, self._gathered
+            )
+
+    def _gathered(self) -> None:
+        self._gathering = None
         self._wake.set()
 
     async def _nap(self, seconds: float) -> None:
@@ -197,9 +229,10 @@ class Forwarder:
     async def _deliver(
         self, claimed: Claimed, *, probe: bool, unmarked: str | None, since: Moment
     ) -> None:
-        """Send one event and settle it; `unmarked` says why it may not be sent."""
-        if unmarked == "":
-            return  # another forwarder has taken it over
+        """Send one event, and have it settled; `unmarked`: why it may not be sent."""
+        if unmarked == "":  # another forwarder has taken it over
+            self._held.discard(claimed.place)
+            return
         key = (claimed.id, claimed.received_ms)
         if unmarked is not None:
             result = given_back(claimed, unmarked, probe=probe)
@@ -209,7 +242,7 @@ class Forwarder:
             result = given_back(claimed, "stalled", probe=probe)
         else:
             result = await self._send(claimed, key, probe=probe)
-        await self._settle(result)
+        self._settle(result)
 
     async def _send(
         self, claimed: Claimed, key: tuple[str, int], *, probe: bool
@@ -256,13 +289,11 @@ class Forwarder:
 
     # --- settling ---------------------------------------------------------------------
 
-    async def _settle(self, result: Result) -> None:
-        """Hand a result over, many at once, and wait until it is in Redis."""
+    def _settle(self, result: Result) -> None:
+        """Have a result taken to Redis, with what else there is by then."""
         self._results.append(result)
-        while result in self._results:
-            if self._settling is None or self._settling.done():
-                self._settling = asyncio.create_task(self._settle_all())
-            await asyncio.shield(self._settling)
+        if self._settling is None or self._settling.done():
+            self._settling = asyncio.create_task(self._settle_all())
 
     async def _settle_all(self) -> None:
         pause, size = BACKOFF_S, SETTLE_MAX
@@ -284,6 +315,8 @@ class Forwarder:
                 # Its event stays in flight, unknown to us: the next look-out takes it
                 # over by its rule.
             del self._results[: len(part)]
+            self._held.difference_update(f"{r.lane}:{r.entry}" for r in part)
+            self._claim_soon()
             if not self._results:
                 size = SETTLE_MAX
 
@@ -292,16 +325,21 @@ class Forwarder:
         if self._bell is not None:
             self._bell.cancel()
             await asyncio.gather(self._bell, return_exceptions=True)
-        if self._in_flight:
-            log.info("forwarder.draining", in_flight=len(self._in_flight))
-            await asyncio.wait(self._in_flight, timeout=self._drain_timeout_s)
-        late = set(self._in_flight)
+        loop = asyncio.get_running_loop()
+        until = loop.time() + self._drain_timeout_s
+        if self._held:
+            log.info("forwarder.draining", in_flight=len(self._held))
+        if self._calls:
+            await asyncio.wait(self._calls, timeout=self._drain_timeout_s)
+        late = set(self._calls)
         for task in late:
             task.cancel()
-        if late:
-            await asyncio.wait(late, timeout=LAST_SETTLE_S)
+        await asyncio.gather(*late, return_exceptions=True)
+        if self._settling is not None and not self._settling.done():
+            left_s = max(LAST_SETTLE_S, until - loop.time())
+            await asyncio.wait({self._settling}, timeout=left_s)
         if self._settling is not None and not self._settling.done():
             # Redis is away: these are taken over later, by the rule of each event.
             log.error("forwarder.unsettled", results=len(self._results))
             self._settling.cancel()
-            await asyncio.gather(self._settling, *late, return_exceptions=True)
+            await asyncio.gather(self._settling, return_exceptions=True)

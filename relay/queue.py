@@ -264,9 +264,10 @@ class Queue:
         self.egress = egress
         self.limits = tuple(limits)
         self.rate = min((w.quota * 1000 / w.period_ms for w in budget), default=0.0)
-        # Commits have connections of their own: a waiting forwarder or a dashboard
-        # never stands before a beacon.
+        # Commits have connections of their own, and so has delivery: neither stands
+        # before the other, nor a dashboard before either.
         self._hot = Line(url, timeout=timeout)
+        self._delivery = Line(url, timeout=max(timeout, 2.0))
         self._ops = connect(url, timeout=max(timeout, 2.0), connections=OPS_CONNECTIONS)
         # redis-py's pool raises at its limit, which would look like a Redis away.
         self._turns = asyncio.Semaphore(OPS_CONNECTIONS)
@@ -294,7 +295,7 @@ class Queue:
         )
 
     async def aclose(self) -> None:
-        for client in (self._hot, self._ops, self._patient):
+        for client in (self._hot, self._delivery, self._ops, self._patient):
             await client.aclose()
 
     @asynccontextmanager
@@ -333,9 +334,9 @@ class Queue:
         With `look_out`, take over what dead forwarders left, and give back what this
         one has been given without learning of it: all but `held` ("lane:entry").
         """
-        async with self._asking():
-            said = await self._scripts.tick(
-                self._ops,
+        with _translated():
+            said = await self._scripts.tick.on(
+                self._delivery,
                 self.prefix,
                 consumer,
                 wanted,
@@ -348,15 +349,17 @@ class Queue:
     async def mark(self, consumer: str, claimed: Sequence[Claimed]) -> list[bool]:
         """Note durably that these are about to be sent. False: no longer ours."""
         places = [part for c in claimed for part in (c.lane, c.entry)]
-        async with self._asking():
-            said = await self._scripts.mark(self._ops, self.prefix, consumer, *places)
+        with _translated():
+            said = await self._scripts.mark.on(
+                self._delivery, self.prefix, consumer, *places
+            )
         return [mine == 1 for mine in cast("list[int]", said)]
 
     async def settle(self, consumer: str, results: Sequence[Result]) -> int:
         """Give each its outcome or its next try; returns how many were still ours."""
-        async with self._asking():
-            said = await self._scripts.settle(
-                self._ops,
+        with _translated():
+            said = await self._scripts.settle.on(
+                self._delivery,
                 self.prefix,
                 consumer,
                 self._delivery_settings,

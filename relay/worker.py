@@ -3,6 +3,8 @@
 import asyncio
 from collections.abc import Callable
 
+from uvicorn.loops.auto import auto_loop_factory
+
 from relay.assembly import Station, http_url, ops_socket, stop_asked
 from relay.settings import Settings
 
@@ -14,7 +16,9 @@ def deliver(
     with ops_socket(settings) as ops:
         station = Station(settings, redis_url=redis_url, forward=True, ops_socket=ops)
         announce(f"{http_url(ops)}/readyz")
-        asyncio.run(_until_stopped(station))
+        # The loop that `serve` has as well.
+        with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
+            runner.run(_until_stopped(station))
 
 
 async def _until_stopped(station: Station) -> None:

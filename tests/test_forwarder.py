@@ -662,3 +662,40 @@ async def test_a_question_that_is_refused_holds_up_nothing_else(
     delayed = f"{asking.bench.queue.prefix}:delayed"
     now_ms = int(time.time() * 1000)
     assert await asking.bench.client.zcount(delayed, now_ms + 500_000, "+inf") == 1
+
+
+async def test_no_more_is_sent_while_redis_takes_no_results(
+    delivery: Delivery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, go = delivery.bench.queue.settle, asyncio.Event()
+
+    async def settle(consumer: str, results: Sequence[Result]) -> int:
+        await go.wait()
+        return await real(consumer, results)
+
+    monkeypatch.setattr(delivery.bench.queue, "settle", settle)
+    ticks = 0
+    tick = delivery.bench.queue.tick
+
+    async def counted(*args: object, **named: object) -> Tick:
+        nonlocal ticks
+        ticks += 1
+        return await tick(*args, **named)  # type: ignore[arg-type]  # as they came
+
+    monkeypatch.setattr(delivery.bench.queue, "tick", counted)
+    for n in range(10):
+        await delivery.send(f"e-{n}")
+    async with delivery.forwarder(concurrency=3):
+
+        async def three_are_sent() -> bool:
+            return len(delivery.sandbox.events) == 3
+
+        async def ticked_twice_more() -> bool:
+            return ticks >= seen + 2
+
+        await eventually(three_are_sent)
+        seen = ticks
+        await eventually(ticked_twice_more)
+        assert len(delivery.sandbox.events) == 3
+        go.set()
+        assert await delivery.settled() == {"delivered": 10}
