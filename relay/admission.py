@@ -160,13 +160,13 @@ class Admission:
 
     async def _commit(self, slot: str, batch: list[Waiting]) -> None:
         refused, self._refused = self._refused, Counter()
+        answers: list[tuple[Waiting, Reply]] = []
         try:
             replies = await self._insist(
                 slot, [request for request, _, _ in batch], refused
             )
             self._open_s = BREAKER_FIRST_S
-            for (_, _, then), reply in zip(batch, replies, strict=True):
-                then(reply)
+            answers = list(zip(batch, replies, strict=True))
         except QueueUnavailable as error:
             self._fail(batch, error)
         except Exception as error:
@@ -178,6 +178,10 @@ class Admission:
         finally:
             self._slots.append(slot)
             self._flush()
+        # The next commit leaves before these are answered, so that Redis has work.
+        await asyncio.sleep(0)
+        for (_, _, then), reply in answers:
+            then(reply)
 
     async def _insist(
         self, slot: str, requests: list[Request], refused: Counter[tuple[str, str, str]]
