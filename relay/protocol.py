@@ -1,9 +1,9 @@
 """A short way for beacons: from the parser to the edge and back, past ASGI.
 
-uvicorn's own protocol class does everything else, connections, keep-alive, pipelining
-and shutdown included. What takes the short way is a plain POST of known, small length
-to a path for events, on a connection that has nothing else to answer. Its answer is
-one write. The checks are the same: `endpoints.Track` has both ways in.
+uvicorn's own protocol class does everything else, connections, pipelining and shutdown
+included. What takes the short way is a plain POST of known, small length to a path for
+events, on a connection that has nothing else to answer. Its answer is one write. The
+checks are the same: `endpoints.Track` has both ways in.
 """
 
 import asyncio
@@ -65,6 +65,8 @@ class BeaconProtocol(HttpToolsProtocol):
         self._tracks = getattr(self.app, "beacons", {})
 
     def on_message_begin(self) -> None:
+        # Here too: what came in one piece with another begins after that is answered.
+        self._idle_since = 0.0
         # The rest is only needed where ASGI is.
         self.url = b""
         self.headers = []
@@ -90,6 +92,7 @@ class BeaconProtocol(HttpToolsProtocol):
         parser = self.parser
         if (
             track is None
+            or self.flow.write_paused  # who reads no answers waits, which ASGI does
             or parser.get_method() != b"POST"
             or parser.get_http_version() != "1.1"
             or not parser.should_keep_alive()

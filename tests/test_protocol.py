@@ -1,6 +1,7 @@
 """Which requests go past ASGI, and that uvicorn has its connection back after each."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -221,6 +222,59 @@ async def test_a_server_that_stops_answers_what_it_has_taken_and_closes() -> Non
     assert got.endswith(b"short")
     assert b"connection: close" in got
     writer.close()
+
+
+@dataclass(slots=True)
+class Mixed(App):
+    """Answers the first beacon at once, and holds the second."""
+
+    def take(
+        self,
+        headers: Iterable[tuple[bytes, bytes]],
+        peer: str | None,
+        body: bytes,
+        answer: Callable[[Response], None],
+    ) -> None:
+        self.hold = bool(self.seen)
+        App.take(self, headers, peer, body, answer)
+
+
+async def test_what_came_together_with_another_is_not_closed_as_idle() -> None:
+    app = Mixed()
+    async with spoken(app, timeout_keep_alive=0.2) as (reader, writer):
+        other, other_writer = await asyncio.open_connection(
+            *writer.get_extra_info("peername")
+        )
+        writer.write((PLAIN + PLAIN).encode())
+        await reader.readuntil(b"short")
+
+        async def asked_again() -> bool:
+            return bool(app.held)
+
+        await eventually(asked_again)
+        # Asked later, and idle for long enough to be closed.
+        other_writer.write(PLAIN.replace("/track", "/other").encode())
+        async with asyncio.timeout(10):
+            assert (await other.read()).endswith(b"asgi")
+            app.held[0](said())
+            assert (await reader.readuntil(b"short")).startswith(b"HTTP/1.1 202")
+        other_writer.close()
+        writer.close()
+
+
+async def test_who_reads_no_answers_is_read_no_more() -> None:
+    app, sent = App(), 0
+    async with spoken(app) as (_, writer):
+        piece = PLAIN.encode() * 2_000
+        with contextlib.suppress(TimeoutError):
+            for _ in range(200):
+                writer.write(piece)
+                async with asyncio.timeout(1):
+                    await writer.drain()
+                sent += 2_000
+        assert len(app.seen) < 200 * 2_000
+        assert sent < 200 * 2_000
+        writer.transport.abort()
 
 
 async def test_an_idle_connection_is_closed_and_one_that_is_asked_is_not() -> None:
