@@ -99,7 +99,7 @@ class Track:
         self._clock = clock
         self._waiters = 0
         # One at a time: the queue's connections for such things are few, and the
-        # forwarder's calls go through the same ones.
+        # operator's questions go through the same ones.
         self._expecting = asyncio.Lock()
         self.draining = False
 

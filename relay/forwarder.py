@@ -29,6 +29,7 @@ LOOK_OUT_S = 4.0  # between two looks for dead forwarders: 20 s + 4 s < 30 s
 NAP_S = 1.0  # the longest time without a heartbeat, and without a look at the holds
 SENT_KEPT = 10_000
 SETTLE_MAX = 128
+SETTLE_TRIES = 3  # of one result that Redis does not take for a reason of its own
 BACKOFF_S, BACKOFF_MAX_S = 0.05, 2.0
 # How old a mark may be when the first byte leaves. After 20 s without a heartbeat
 # another forwarder takes the event over, and may have it sent again: whoever stood
@@ -94,9 +95,10 @@ class Forwarder:
         # The places of all that was claimed and is not settled yet: what is called for
         # now, and as many results again while Redis takes its time.
         self._held: set[str] = set()
-        # What this process sent and may have arrived, of what must not be sent twice.
-        # Redis may go back in time (a failover, a lost second) and hand it out anew.
-        self._sent: OrderedDict[tuple[str, int], None] = OrderedDict()
+        # What this process sent and may have arrived, of what must not be sent twice,
+        # and the attempts that were spent before. Redis may go back in time (a
+        # failover, a lost second) and hand it out anew, with as few attempts as then.
+        self._sent: OrderedDict[tuple[str, int], int] = OrderedDict()
         self._results: list[Result] = []
         self._settling: asyncio.Task[None] | None = None
         self._bell: asyncio.Task[None] | None = None
@@ -140,8 +142,9 @@ class Forwarder:
         if look_out:
             self._looked_out = now
         since = Moment.now()
-        self._held.update(claimed.place for claimed in tick.claimed)
         unmarked = await self._mark(tick.claimed)
+        # Not before: what a fault leaves without a task is given back by a look-out.
+        self._held.update(claimed.place for claimed in tick.claimed)
         for claimed in tick.claimed:
             task = asyncio.create_task(
                 self._deliver(
@@ -236,7 +239,7 @@ class Forwarder:
         key = (claimed.id, claimed.received_ms)
         if unmarked is not None:
             result = given_back(claimed, unmarked, probe=probe)
-        elif key in self._sent and not claimed.doubted_ms:
+        elif claimed.attempts <= self._sent.get(key, -1) and not claimed.doubted_ms:
             result = interrupted(claimed, "claimed_again")
         elif claimed.once and since.passed_s() > MARK_GOOD_S:
             result = given_back(claimed, "stalled", probe=probe)
@@ -248,7 +251,7 @@ class Forwarder:
         self, claimed: Claimed, key: tuple[str, int], *, probe: bool
     ) -> Result:
         if claimed.once and not claimed.doubted_ms:
-            self._sent[key] = None
+            self._sent[key] = claimed.attempts
             if len(self._sent) > SENT_KEPT:
                 self._sent.popitem(last=False)
         try:
@@ -283,6 +286,7 @@ class Forwarder:
                 status=answer.status,
                 request_id=answer.request_id,
                 attempt=claimed.attempts + 1,
+                looked_up=claimed.doubted_ms > 0,
                 delay_ms=result.delay_ms,
             )
         return result
@@ -296,7 +300,7 @@ class Forwarder:
             self._settling = asyncio.create_task(self._settle_all())
 
     async def _settle_all(self) -> None:
-        pause, size = BACKOFF_S, SETTLE_MAX
+        pause, size, failed = BACKOFF_S, SETTLE_MAX, 0
         while self._results:
             part = self._results[:size]
             try:
@@ -309,11 +313,14 @@ class Forwarder:
                 continue
             except Exception:
                 log.exception("forwarder.settle_failed", results=len(part))
-                if len(part) > 1:
+                failed += 1
+                if len(part) > 1 or failed < SETTLE_TRIES:
                     size = 1  # one by one, so that a bad one holds up nobody else
+                    await asyncio.sleep(BACKOFF_S)
                     continue
                 # Its event stays in flight, unknown to us: the next look-out takes it
                 # over by its rule.
+            failed = 0
             del self._results[: len(part)]
             self._held.difference_update(f"{r.lane}:{r.entry}" for r in part)
             self._claim_soon()
@@ -334,7 +341,8 @@ class Forwarder:
         late = set(self._calls)
         for task in late:
             task.cancel()
-        await asyncio.gather(*late, return_exceptions=True)
+        if late:
+            await asyncio.wait(late, timeout=LAST_SETTLE_S)
         if self._settling is not None and not self._settling.done():
             left_s = max(LAST_SETTLE_S, until - loop.time())
             await asyncio.wait({self._settling}, timeout=left_s)

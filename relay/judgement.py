@@ -30,6 +30,8 @@ def judged(
     """
     verdict, delay_ms = _fate(claimed, answer, backoff)
     signal, pause_ms = _signal(answer), _pause_ms(answer)
+    if claimed.doubted_ms and signal == "ok":
+        signal = "none"  # who may read may still not be able to write
     if _question_refused(claimed, answer):
         verdict, delay_ms, signal = "wait", ASK_AGAIN_MS, "none"
         pause_ms = pause_ms if answer.remaining == 0 else 0

@@ -1,4 +1,4 @@
-"""Connections to Redis for the one call that every beacon waits for.
+"""Connections to Redis for the calls that every beacon and every delivery waits for.
 
 redis-py's own connections, with all that they know (TLS, passwords, unix sockets), but
 without its pool and its timers: those cost more than the call. Each connection has one
@@ -14,6 +14,11 @@ from redis.asyncio import Redis
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+
+
+def is_reset(error: RuntimeError) -> bool:
+    """Whether a connection was reset, for which uvloop has no other exception."""
+    return "the handler is closed" in str(error)
 
 
 class Line:
@@ -45,6 +50,11 @@ class Line:
         except TimeoutError:
             await line.disconnect(nowait=True)  # its answer would be the next one's
             raise broken.TimeoutError("no answer in time") from None
+        except RuntimeError as error:
+            await line.disconnect(nowait=True)
+            if is_reset(error):
+                raise broken.ConnectionError(str(error)) from error
+            raise
         except broken.ResponseError:
             self._idle.append(line)  # an answer, too
             raise

@@ -36,7 +36,7 @@ from relay import forecast
 from relay.errors import QueueUnavailable, RelayError
 from relay.forecast import LANES, Facts
 from relay.limits import Limit, Window
-from relay.line import Line
+from relay.line import Line, is_reset
 
 STALE_MS = 20_000  # no heartbeat for so long: dead; with the look-out below < 30 s
 LOOK_UP_MS = 120_000  # from an event of unknown fate until it is looked up
@@ -60,7 +60,7 @@ class Claimed(msgspec.Struct, array_like=True):
     name: str
     delivery: str  # at_least_once, at_most_once, or verify: and a property
     body: str  # for Voucherify
-    doubted_ms: int = 0  # look for it from then on, before it is sent again; 0: send it
+    doubted_ms: int = 0  # to be looked for from then on, before anything; 0: to be sent
 
     @property
     def place(self) -> str:
@@ -262,6 +262,7 @@ class Queue:
         self._scripts = scripts or Scripts()
         self.prefix = "{" + prefix + "}"
         self.egress = egress
+        self.look_up_ms = look_up_ms
         self.limits = tuple(limits)
         self.rate = min((w.quota * 1000 / w.period_ms for w in budget), default=0.0)
         # Commits have connections of their own, and so has delivery: neither stands
@@ -300,7 +301,7 @@ class Queue:
 
     @asynccontextmanager
     async def _asking(self) -> AsyncIterator[None]:
-        """Wait for a connection of the second kind, and speak of Redis in our words."""
+        """Wait for one of the few connections for everything else."""
         async with self._turns:
             with _translated():
                 yield
@@ -769,7 +770,10 @@ def _translated() -> Iterator[None]:
         if reason is None:
             raise
         raise QueueUnavailable(reason, f"{_SAYS[reason]}: try again soon.") from error
-    except OSError as error:  # a connection that broke outside redis-py's own code
+    except (OSError, RuntimeError) as error:
+        # A connection that broke outside redis-py's own code.
+        if isinstance(error, RuntimeError) and not is_reset(error):
+            raise
         raise QueueUnavailable(
             "redis_unreachable", f"{_SAYS['redis_unreachable']}: try again soon."
         ) from error

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 import redis.exceptions as broken
+import uvloop
 
 from relay.line import Line
 
@@ -73,3 +74,24 @@ async def test_nobody_there_is_said_so() -> None:
     with pytest.raises(broken.ConnectionError):
         await line.call("PING")
     await line.aclose()
+
+
+def test_a_reset_connection_is_a_failure_to_connect_on_uvloop_too(
+    valkey_url: str,
+) -> None:
+    """Which raises RuntimeError, where asyncio's own loop has ConnectionResetError."""
+
+    async def reset() -> None:
+        line = Line(valkey_url, timeout=5.0)
+        await line.call("PING")
+        [kept] = line._idle
+        assert kept._writer is not None
+        kept._writer.transport.abort()
+        await asyncio.sleep(0)
+        with pytest.raises(broken.ConnectionError):
+            await line.call("PING")
+        assert await line.call("PING") == b"PONG"
+        await line.aclose()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(reset())
