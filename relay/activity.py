@@ -124,5 +124,5 @@ def _metadata(data: object, depth: int) -> Iterator[object]:
     for name, value in data.items():
         if name == "metadata":
             yield value
-        else:
+        elif name != "customer":  # whose profile has metadata, too, of any sender
             yield from _metadata(value, depth - 1)

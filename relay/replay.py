@@ -282,6 +282,9 @@ class Replay:
             gauges = await self._queue.hash("gauges")
             rate = float(gauges.get("budget_per_s") or 0)
             queue_s = float(gauges.get("eta_s") or 0) + (missing / rate if rate else 0)
+            # Some may have to be looked up first, and not before their time.
+            look_up_s = self._queue.look_up_ms / 1000 if self._plan.may_pay_twice else 0
+            queue_s += look_up_s / PATIENCE_FACTOR
             self._until = self._clock() + self._patience_s + PATIENCE_FACTOR * queue_s
             self._chunk = self._fields["chunk"]
         if self._clock() < self._until:
@@ -306,7 +309,7 @@ class Replay:
             room = min(room, self._plan.limit - self._n("sent"))
         settings = [
             *(room, self._batch, self._ttl_ms, self._plan.new_ttl_ms),
-            *(self._plan.may_pay_twice, self._queue_max),
+            *(self._plan.may_pay_twice, self._queue_max, self._queue.look_up_ms),
         ]
         await self._step(
             "send",

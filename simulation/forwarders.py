@@ -69,7 +69,7 @@ class Forwarder:
         self._idle = idle  # told when there is nothing at all to do
         self._alive = True
         self._in_hand: dict[str, Claimed] = {}
-        self._sent: OrderedDict[tuple[str, int], None] = OrderedDict()
+        self._sent: OrderedDict[tuple[str, int], int] = OrderedDict()
         self._results: list[Result] = []
         self._settling = False
         self._looked_out_ms = 0
@@ -161,7 +161,7 @@ class Forwarder:
         key = (claimed.id, claimed.received_ms)
         if unmarked is not None:
             self._land(given_back(claimed, unmarked, probe=probe))
-        elif key in self._sent:
+        elif claimed.attempts <= self._sent.get(key, -1):
             self._land(interrupted(claimed, "claimed_again"))
         else:
             self._send(claimed, key, probe=probe)
@@ -170,7 +170,7 @@ class Forwarder:
 
     def _send(self, claimed: Claimed, key: tuple[str, int], *, probe: bool) -> None:
         if claimed.once:
-            self._sent[key] = None
+            self._sent[key] = claimed.attempts
             if len(self._sent) > SENT_KEPT:
                 self._sent.popitem(last=False)
         drawn = int(self._rng.expovariate(1 / MEAN_DEPARTURE_MS))

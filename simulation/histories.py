@@ -25,6 +25,7 @@ from hypothesis.stateful import (
 )
 from redis.asyncio import Redis
 
+from relay.activity import SKEW_MS
 from relay.forwarder import MARK_GOOD_S
 from relay.judgement import given_back, interrupted, judged, not_processed
 from relay.limits import parse_budget
@@ -48,6 +49,7 @@ WAITS_MS = (1, 1_000, 2_500, 4_999, 5_100, 5_100, 12_000, 59_999, 3_700_000)
 WINDOW_MS = 20_000  # to coalesce in
 RULES = ("at_least_once", "at_most_once", "verify:n")
 LOOK_UP_MS = 30_000  # instead of two minutes: histories are short
+SHOWN_AFTER_MS = LOOK_UP_MS  # what Voucherify takes its time for, at the most
 RARELY = st.sampled_from((False, False, False, True))
 STEPS_MS = (-3_600_000, -60_000, -1_500, -400, 400, 60_000)
 
@@ -115,7 +117,7 @@ class Hands:
     name: str
     queue: str  # its fleet
     held: dict[str, Held] = field(default_factory=dict)
-    sent: set[tuple[str, int]] = field(default_factory=set)
+    sent: dict[tuple[str, int], int] = field(default_factory=dict)
 
 
 class Histories(RuleBasedStateMachine):
@@ -128,6 +130,7 @@ class Histories(RuleBasedStateMachine):
         self._runner = asyncio.Runner()
         self._client = Redis.from_url(self.url)
         self._clock = Clock()
+        self._stepped_ms = -1  # the last time that Redis' clock was moved
         self._scripts = SimulatedScripts(self._clock)
         self._do(wipe(self._client, PREFIX))
         self._queues = self._open()
@@ -390,6 +393,7 @@ class Histories(RuleBasedStateMachine):
             self._lose_a_group(lane)
         else:
             self._clock.off_ms += ms
+            self._stepped_ms = self._clock.now_ms
             if ms > 0:
                 self._eras.append([])
 
@@ -486,14 +490,14 @@ class Histories(RuleBasedStateMachine):
         key = (claimed.id, claimed.received_ms)
         if claimed.doubted_ms:
             return self._look_up(hands, held, kind, delay_ms)
-        if key in hands.sent:
+        if claimed.attempts <= hands.sent.get(key, -1):
             held.result = interrupted(claimed, "claimed_again")
             return None
         if held.marked_ms is not None:
             if self._clock.now_ms - held.marked_ms > MARK_GOOD_S * 1000:
                 held.result = given_back(claimed, "stalled", probe=held.probe)
                 return None
-            hands.sent.add(key)
+            hands.sent[key] = claimed.attempts
         answer, taken = ANSWERS[kind]
         now = self._clock.now_ms
         self._referee.departed(claimed, now)
@@ -505,22 +509,28 @@ class Histories(RuleBasedStateMachine):
         )
         self._referee.judged(claimed, held.result)
         if not_processed(held.result):
-            hands.sent.discard(key)
+            hands.sent.pop(key, None)
         return None
 
     def _look_up(self, hands: Hands, held: Held, kind: str, delay_ms: int) -> None:
-        """Ask Voucherify, which tells the truth where it answers at all."""
+        """Ask Voucherify, which shows after a while what it has taken."""
         claimed = held.claimed
         answer, _ = ANSWERS[kind]
         if answer.verdict is Verdict.DELIVERED:
-            there = bool(self._referee.events[claimed.id].processed)
+            since = claimed.doubted_ms - SKEW_MS
+            shown = range(since, self._clock.now_ms - SHOWN_AFTER_MS + 1)
+            # After a step of Redis' clock nobody knows how long it has waited.
+            there = any(
+                at in shown or at <= self._stepped_ms
+                for at in self._referee.events[claimed.id].processed
+            )
             found = Verdict.DELIVERED if there else Verdict.ABSENT
             answer = Answer(verdict=found, reason="asked", status=200)
         held.result = judged(
             claimed, answer, probe=held.probe, backoff=lambda _, told: told or delay_ms
         )
         if not_processed(held.result):
-            hands.sent.discard((claimed.id, claimed.received_ms))
+            hands.sent.pop((claimed.id, claimed.received_ms), None)
 
     def _settle(self, hands: Hands, held: Held, *, lost: bool) -> None:
         result, name = held.result, held.claimed.id

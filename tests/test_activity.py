@@ -114,6 +114,17 @@ async def test_among_too_many_nobody_can_tell() -> None:
             assert answer.reason == "look_up_incomplete"
 
 
+def test_a_profile_is_no_proof() -> None:
+    """Any sender may have put something into it."""
+    asked = activity.asked(sent(), proof=PROOF, since_ms=0)
+    assert asked is not None
+    who = {"source_id": "c", "metadata": {PROOF: asked.value}}
+    entry = {"type": activity.CUSTOM_EVENT, "data": {"customer": who}}
+    said = json.dumps({"data": [entry], "has_more": False}).encode()
+    answer = Answer(verdict=Verdict.DELIVERED, reason="delivered", status=200)
+    assert activity.judged(asked, answer, said, whole=True).verdict is Verdict.ABSENT
+
+
 async def test_the_client_api_shows_nobody_anything() -> None:
     upstream = Voucherify(
         base_url="http://127.0.0.1:9",

@@ -84,6 +84,8 @@ async def test_what_is_not_there_is_sent_again_at_once(bench: Bench) -> None:
     assert await bench.queue.mark("a", [again]) == [True]
     assert await bench.settle(result(again, "ambiguous")) == 1
     await bench.clock.pass_ms(LOOK_UP_MS)
+    assert await bench.claim() == []  # longer with each attempt
+    await bench.clock.pass_ms(LOOK_UP_MS // 4)
     [third] = await bench.claim()
     assert third.doubted_ms == START_S * 1000
 
@@ -198,3 +200,52 @@ async def test_what_an_older_version_left_behind_is_no_doubt(bench: Bench) -> No
     await bench.clock.pass_ms(1)
     [again] = await bench.claim()
     assert (again.doubted_ms, again.attempts) == (0, 1)
+
+
+async def test_no_probe_looks_up_before_the_time(bench: Bench) -> None:
+    """Five silent calls open the breaker, and there is nothing else to probe with."""
+    for n in range(5):
+        await bench.take(event(f"x-{n}", delivery=VERIFY, ttl_ms=TTL_MS))
+    claimed = await bench.claim()
+    assert await bench.queue.mark("a", claimed) == [True] * 5
+    await bench.settle(*(result(c, "ambiguous", signal="failed") for c in claimed))
+    assert (await bench.queue.hash("flow"))["hold"] == "breaker_open"
+    await bench.clock.pass_ms(LOOK_UP_MS - 1)
+    assert await bench.claim() == []
+    # One that is only tried again later is taken all the same.
+    await bench.take(event("other", ttl_ms=TTL_MS))
+    [other] = await bench.claim()
+    assert other.id == "other"
+    later = {"delay_ms": TTL_MS // 2, "signal": "failed", "probe": True}
+    await bench.settle(result(other, "retry", **later))
+    await bench.clock.pass_ms(9_000)
+    [probe] = await bench.claim()
+    assert probe.doubted_ms  # its time has come, and it is the first one
+
+
+async def test_a_refused_question_waits_under_a_hold_too(bench: Bench) -> None:
+    claimed = await in_doubt(bench)
+    await bench.client.hset(f"{bench.queue.prefix}:flow", "hold", "auth_hold")
+    asked = 0
+    for _ in range(60):
+        await bench.settle(result(claimed, "wait", delay_ms=600_000, probe=True))
+        await bench.clock.pass_ms(9_000)
+        asked += len(await bench.claim())
+    assert asked == 0
+    await bench.clock.pass_ms(60_000)
+    assert len(await bench.claim()) == 1
+
+
+async def test_it_is_looked_for_since_before_the_clock_stepped_back(
+    bench: Bench,
+) -> None:
+    await take(bench)
+    await bench.clock.pass_ms(-600_000)  # it was ahead when the event was taken
+    claimed = await sent(bench)
+    sent_ms = bench.clock.us // 1000
+    await bench.settle(result(claimed, "ambiguous"))
+    await bench.clock.pass_ms(-600_000)  # and still was when it was sent
+    assert await bench.claim() == []
+    await bench.clock.pass_ms(LOOK_UP_MS)
+    [again] = await bench.claim()
+    assert again.doubted_ms == sent_ms - 600_000

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from relay.dead_letters import drop, survey
 from relay.errors import QueueUnavailable
 from relay.events import identified, occurred_at, read_event, upstream_body
-from relay.queue import Claimed, Letters, Queue
+from relay.queue import LOOK_UP_MS, Claimed, Letters, Queue
 from relay.replay import (
     CANARY,
     CHUNK,
@@ -261,7 +261,7 @@ async def test_where_it_can_be_it_is_looked_up_before_it_is_sent_again(
 ) -> None:
     received_ms = bench.clock.us // 1000
     await bury(bench, 1, verdict, delivery=delivery, ttl_ms=1_000)
-    await bench.clock.pass_ms(5_000)
+    await bench.clock.pass_ms(LOOK_UP_MS)
     claims: list[Claimed] = []
 
     async def deliver(claimed: list[Claimed]) -> None:
@@ -286,10 +286,42 @@ async def test_a_replay_nobody_answers_is_looked_up_since_the_first_call(
         await bench.settle(*(result(c, "ambiguous") for c in claimed))
 
     for _ in range(3):
-        await bench.clock.pass_ms(5_000)
+        await bench.clock.pass_ms(LOOK_UP_MS)
         plan = Plan(may_pay_twice=True, new_ttl_ms=TTL_MS)
         await go(bench, await begun(bench, plan), unanswered)
     assert asked == [first_ms] * 3
+
+
+async def sent_again(bench: Bench) -> list[Claimed]:
+    """What a replay of all letters hands out at once."""
+    running = await begun(bench, Plan(may_pay_twice=True, new_ttl_ms=TTL_MS))
+    async for _ in running.run():
+        running.stop()
+    return await bench.claim()
+
+
+async def test_a_letter_is_not_looked_up_before_its_time(bench: Bench) -> None:
+    await bury(bench, 1, "ambiguous", delivery="verify:relay_id", ttl_ms=1_000)
+    assert await sent_again(bench) == []
+    await bench.clock.pass_ms(LOOK_UP_MS - 1)
+    assert await bench.claim() == []
+    await bench.clock.pass_ms(1)
+    [claimed] = await bench.claim()
+    assert claimed.doubted_ms
+
+
+@pytest.mark.parametrize(
+    "reason",
+    ["look_up_incomplete", "look_up_impossible", "look_up_needs_server_api"],
+)
+async def test_a_question_without_an_answer_is_not_put_again(
+    bench: Bench, reason: str
+) -> None:
+    await bench.take(event(delivery="verify:relay_id", ttl_ms=1_000))
+    [claimed] = await bench.claim()
+    await bench.settle(result(claimed, "ambiguous", reason=reason))
+    [claimed] = await sent_again(bench)
+    assert claimed.doubted_ms == 0
 
 
 async def test_two_letters_of_one_event_are_replayed_once(bench: Bench) -> None:

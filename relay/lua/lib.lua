@@ -145,12 +145,13 @@ end
 local function coalesce_key(event)
   return P .. ':coalesce:' .. event.customer .. ':' .. event.digest
 end
--- The id says when it was received. After a step back of the clock it cannot, as ids
--- never go back: then it is the last one plus one.
-local function append(lane, ...)
-  local added = redis.pcall('XADD', stream(lane), now_ms .. '-*', ...)
-  if type(added) == 'table' then call('XADD', stream(lane), '*', ...) end
+-- The id says when it was received, or when it died. After a step back of the clock it
+-- cannot, as ids never go back: then it is the last one plus one.
+local function add(key, ...)
+  local added = redis.pcall('XADD', key, now_ms .. '-*', ...)
+  if type(added) == 'table' then call('XADD', key, '*', ...) end
 end
+local function append(lane, ...) add(stream(lane), ...) end
 -- What a place in the queue holds in truth: where events are coalesced, the last one.
 -- Then also the key that goes with the place.
 local function held_there(packed)
@@ -169,8 +170,8 @@ local function room_of(queue_max)
 end
 -- What is known of an event beside itself: r received_ms, a attempts, s strikes, k the
 -- count of successes when a hold last met it (-1: never), d forwarders that died with
--- it, v since when it may be in Voucherify without an answer, in ms: to be looked up before
--- anything else (0: not so). A first-time entry has only `e`; when it was received is its own id.
+-- it, v from when on it is to be looked for in Voucherify before anything else, in ms
+-- (0: nowhere). A first-time entry has only `e`; when it was received is its own id.
 local KNOWN = {'r', 'a', 's', 'k', 'd', 'v'}
 local function entry(id, fields)
   local f = {}
@@ -272,7 +273,7 @@ end
 
 -- Keep the whole event until an operator replays or drops it.
 local function bury(x, event, outcome, reason, info)
-  call('XADD', P .. ':dead', '*', 'id', event.id, 'event', event.name,
+  add(P .. ':dead', 'id', event.id, 'event', event.name,
     'outcome', outcome, 'reason', reason, 'status', info.status or '',
     'error', info.error or '', 'attempts', x.a, 'received_ms', x.r,
     'doubted_ms', x.v > 0 and x.v or '',
@@ -292,14 +293,17 @@ end
 
 -- It may have arrived and must not be sent twice. If it can be looked up and was not yet,
 -- it is, a while later: Voucherify takes its time to show what it has taken.
-local function doubt(x, event, reason, info, look_up_ms)
-  local due = now_ms + look_up_ms
+local function doubt(x, event, place, reason, info, look_up_ms)
+  -- Longer with each attempt, up to five times: each is two calls.
+  local due = now_ms + math.floor(look_up_ms * math.min(5, 1 + x.a / 4))
   local can = x.v == 0 and string.sub(event.delivery, 1, 7) == 'verify:'
   if not can or due > x.r + event.ttl then
     bury(x, event, 'ambiguous', reason, info)
     return
   end
-  x.v = x.r  -- not the mark's time: there may have been a call before, and a restore
+  -- From when it was taken, for there may have been a call before that Redis has
+  -- forgotten; and not from later than the call, if the clock has stepped back since.
+  x.v = math.min(x.r, now_ms, tonumber(call('HGET', P .. ':sent', place) or now_ms))
   x.a = x.a + 1
   note('doubted', 1)
   postpone(x, due)

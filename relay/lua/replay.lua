@@ -13,7 +13,7 @@
 --   resume  the last one, unless it is done; 2 is ''
 --   send    4 number of this step  5 "1" to begin a new part  6 filter
 --           7 packed {how many at most, entries to look at, RELAY_TTL in ms, new ttl in
---           ms or 0, ambiguous ones too, queue_max}
+--           ms or 0, ambiguous ones too, queue_max, ms from a doubtful call to its look-up}
 --   keep    the lease
 --   pass    the canary is alive: from now on in larger parts
 --   end     4 done | stopped  5 why
@@ -79,25 +79,35 @@ local function new_id(letter, entry_id)
   return string.sub(root, 1, 64 - #suffix) .. suffix
 end
 
-local function revive(entry_id, letter, default_ttl_ms, new_ttl_ms, chunk)
+-- Dead of a question that has no answer: to put it again is of no use.
+local LOOKED_UP = {look_up_incomplete = true, look_up_impossible = true,
+  look_up_needs_server_api = true}
+
+local function revive(entry_id, letter, default_ttl_ms, new_ttl_ms, chunk, look_up_ms)
   local ttl_ms = new_ttl_ms
   if ttl_ms == 0 then ttl_ms = deadline(letter, default_ttl_ms) - now_ms end
   local packed = cmsgpack.pack({new_id(letter, entry_id), letter.event, letter.customer,
     letter.delivery, ttl_ms, letter.lane, letter.body, letter.id, run, chunk})
   call('XDEL', DEAD, entry_id)
   call('SET', replayed_key(letter), '', 'PX', MARK_MS)
-  -- One that can be looked up is, also where a person says that it may pay twice.
-  local doubted = letter.outcome == 'ambiguous'
+  -- One that can be looked up is, also where a person says that it may pay twice, and
+  -- not before Voucherify shows what it has taken.
+  local doubted = letter.outcome == 'ambiguous' and not LOOKED_UP[letter.reason]
     and string.sub(letter.delivery, 1, 7) == 'verify:'
-  local since = tonumber(letter.doubted_ms) or letter.received_ms
-  append(letter.lane, 'e', packed, 'v', doubted and since or 0)
+  if doubted then
+    local x = fresh(packed, now_ms)
+    x.v = math.min(now_ms, tonumber(letter.doubted_ms) or tonumber(letter.received_ms))
+    postpone(x, math.max(now_ms, string.match(entry_id, '^%d+') + look_up_ms))
+  else
+    append(letter.lane, 'e', packed)
+  end
   count('received', 1)
   note('replayed', 1)
   count_event(letter.event, 'received', 1, 1)
 end
 
 local function send()
-  local most, size, default_ttl_ms, new_ttl_ms, may_pay_twice, queue_max =
+  local most, size, default_ttl_ms, new_ttl_ms, may_pay_twice, queue_max, look_up_ms =
     unpack(cmsgpack.unpack(ARGV[7]))
   local filter = read_filter(ARGV[6])
   if #filter.ids == 0 then filter.to = value('last') end
@@ -118,7 +128,7 @@ local function send()
     end
     cursor = at[1]
     if why == '' then
-      revive(at[2], letter, default_ttl_ms, new_ttl_ms, chunk)
+      revive(at[2], letter, default_ttl_ms, new_ttl_ms, chunk, look_up_ms)
       sent = sent + 1
     elseif why then
       call('HINCRBY', key, 'skipped:' .. why, 1)

@@ -119,7 +119,7 @@ for _, result in ipairs(cmsgpack.unpack(ARGV[3])) do
       x.v = 0
       again(x, event, 0, reason, info)
     elseif verdict == 'ambiguous' then
-      doubt(x, event, reason, info, settings[6])
+      doubt(x, event, lane .. ':' .. id, reason, info, settings[6])
     else
       bury(x, event, verdict, reason, info)
     end

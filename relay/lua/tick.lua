@@ -50,9 +50,16 @@ if back_ms > 1000 then
   end
   call('DEL', P .. ':pause:' .. egress)
   call('DEL', workers)
-  local delayed = call('ZRANGE', P .. ':delayed', 0, 9999)
-  for _, packed in ipairs(delayed) do
-    call('ZINCRBY', P .. ':delayed', -back_ms, packed)
+  local delayed = call('ZRANGE', P .. ':delayed', 0, 9999, 'WITHSCORES')
+  for i = 1, #delayed, 2 do
+    local x = postponed(delayed[i])
+    if x.v > 0 then
+      call('ZREM', P .. ':delayed', delayed[i])
+      x.v = x.v - back_ms
+      postpone(x, delayed[i + 1] - back_ms)
+    else
+      call('ZINCRBY', P .. ':delayed', -back_ms, delayed[i])
+    end
   end
 end
 -- Nobody asked for a while: Redis was away, or the clock jumped. Then missing
@@ -118,7 +125,7 @@ end
 local function give(lane, id, x, event)
   call('HSET', BUSY, event.customer, lane .. ':' .. id)
   out[#out + 1] = {lane, id, x.r, x.a, event.id, event.name, event.delivery, event.body,
-    x.v}
+    math.min(x.v, now_ms)}
 end
 
 -- What a forwarder left behind goes by its rule: given up, or back into the queue,
@@ -133,7 +140,7 @@ local function take_over(lane, id, died)
     x.d = x.d + died
     local sent = call('HEXISTS', P .. ':sent', lane .. ':' .. id) == 1
     if sent and event.delivery ~= 'at_least_once' then
-      doubt(x, event, 'worker_died', {}, settings[6])
+      doubt(x, event, lane .. ':' .. id, 'worker_died', {}, settings[6])
     elseif x.d >= deaths_max then
       expire(x, event, 'worker_died', {})
     else
@@ -248,17 +255,21 @@ local function enter_retry(x)
 end
 
 -- With none due the stream is read all the same: a script that failed half way may
--- have left one behind there.
-local function read_due(latest)
+-- have left one behind there. A probe takes one that is not due yet as well, unless it
+-- is in doubt: to look it up too early is to send it twice.
+local function read_due()
   local key = P .. ':delayed'
-  local due = call('ZRANGE', key, '-inf', latest, 'BYSCORE', 'LIMIT', 0, 20)
-  for _, member in ipairs(due) do
+  local due = call('ZRANGE', key, '-inf', probe and '+inf' or now_ms, 'BYSCORE', 'LIMIT',
+    0, probe and LOOKED_AT or 20, 'WITHSCORES')
+  for i = 1, #due, 2 do
+    local member, early = due[i], tonumber(due[i + 1]) > now_ms
     local x = postponed(member)
-    if is_busy(open(x.e).customer) then
+    if not early or x.v == 0 then
+      if not is_busy(open(x.e).customer) then
+        call('ZREM', key, member)
+        return enter_retry(x)
+      end
       call('ZADD', key, 'GT', now_ms + BUSY_MS, member)
-    else
-      call('ZREM', key, member)
-      return enter_retry(x)
     end
   end
   return read('retry')
@@ -354,7 +365,7 @@ local function next_event()
     local id, x = read_probe()
     if id then return 'retry', id, x end
   elseif turn % 2 == 0 then
-    local id, x = read_due(now_ms)
+    local id, x = read_due()
     if id then return 'retry', id, x end
   end
   local ready_first = turn % 4 < 2
@@ -371,7 +382,7 @@ local function next_event()
       if id then return from_row and 'retry' or lane, id, x end
     end
   end
-  local id, x = read_due(probe and '+inf' or now_ms)
+  local id, x = read_due()
   if id then return 'retry', id, x end
   return nil
 end
@@ -411,7 +422,7 @@ while #out < allowed and not empty do
     if event.delivery ~= 'at_least_once'
       and call('HEXISTS', P .. ':sent', lane .. ':' .. id) == 1 then
       -- Read as new, but marked as sent: Redis went back in time, or lost its group.
-      doubt(x, event, 'claimed_again', {}, settings[6])
+      doubt(x, event, lane .. ':' .. id, 'claimed_again', {}, settings[6])
       remove(lane, id, event.customer)
     elseif now_ms > x.r + event.ttl then
       expire(x, event, 'ttl', {})
