@@ -434,6 +434,9 @@ def _check_together(rule: Rule, table: _Table) -> None:
         )
 
 
+LOOK_UP_S = 120  # from a doubtful call until it is looked up: queue.py does it
+
+
 def _check_own(rule: Rule, table: _Table) -> None:
     """The properties of metadata that the relay sets."""
     listed = rule.metadata or {}
@@ -455,6 +458,13 @@ def _check_own(rule: Rule, table: _Table) -> None:
             "an event is found again by a property of its own: name one, "
             f"{EXAMPLES['event_id']}",
             "delivery",
+        )
+    short = rule.ttl_s is not None and rule.ttl_s <= LOOK_UP_S
+    if rule.delivery == "verify" and short:
+        table.warn(
+            f"an event is looked up {LOOK_UP_S} s after a doubtful call, its time is "
+            'over before: make it longer, or say delivery = "at_most_once"',
+            "ttl",
         )
 
 

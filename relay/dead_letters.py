@@ -30,7 +30,7 @@ LAST_MS = 253_402_300_799_999  # the end of the year 9999, which ISO can still w
 # Why a letter is not replayed, as letters.lua has it, and what is said of it.
 OBSTACLES = {
     "too_old": "past their time to live: a new one (--new-ttl) sends them all the same",
-    "ambiguous": "ambiguous: they may have arrived, and would pay twice",
+    "ambiguous": "ambiguous: they may have arrived, and might pay twice",
     "same_id": "of an event that was replayed already",
     "gone": "not there (any more)",
     "unreadable": "not written by a relay",

@@ -6,6 +6,7 @@ redirect, no cookie, no proxy from the environment.
 """
 
 import asyncio
+import socket
 from collections.abc import Mapping
 from contextlib import suppress
 from contextvars import ContextVar
@@ -160,9 +161,22 @@ class Transport:
         """Close the pool. What is in flight ends without an answer."""
         await self._transport.aclose()
 
+    def _socket(self, addr_info: aiohttp.AddrInfoType) -> socket.socket:
+        """A socket whose bytes the kernel gives up no later than we do.
+
+        Else it goes on for minutes to send what a cut line has kept, and an event could
+        arrive after it was looked up.
+        """
+        family, kind, proto, *_ = addr_info
+        made = socket.socket(family=family, type=kind, proto=proto)
+        if option := getattr(socket, "TCP_USER_TIMEOUT", None):  # Linux
+            made.setsockopt(socket.IPPROTO_TCP, option, int(self._timeout * 1000))
+        return made
+
     def _session(self) -> aiohttp.ClientSession:
         session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
+                socket_factory=self._socket,
                 limit=self._max_connections,
                 keepalive_timeout=KEEPALIVE_SECONDS,
                 ssl=self._transport.ssl_context,

@@ -349,7 +349,9 @@ class Listener:
     def hand_over(self, file: Path) -> None:
         """Leave all that was heard in this process to another."""
         self.look()
-        file.write_bytes(pickle.dumps((self.recorder.packed(), self.short)))
+        half = file.with_name(f".{file.name}")  # a process may be killed meanwhile
+        half.write_bytes(pickle.dumps((self.recorder.packed(), self.short)))
+        half.rename(file)
 
     def take_over(self, file: Path) -> None:
         """Take what another process has handed over."""

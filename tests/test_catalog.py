@@ -385,6 +385,11 @@ def test_no_text_breaks_the_reader(text: str) -> None:
             "events.x.loyalty: unless RELAY_TOKENS is required, any visitor can mint",
         ),
         (
+            "[events.x]\ndelivery = 'verify'\nevent_id = 'i'\nttl = '2m'",
+            4,
+            "events.x.ttl: an event is looked up 120 s after a doubtful call",
+        ),
+        (
             "[defaults]\nunlisted = 'reject'\nttl = '1h'",
             1,
             "defaults: nothing here counts but unlisted",
@@ -401,6 +406,7 @@ def test_what_is_probably_not_meant_is_a_warning(
 @pytest.mark.parametrize(
     "body",
     [
+        "delivery = 'verify'\nevent_id = 'i'\nttl = '3m'",
         "loyalty = true\ntoken = 'off'\nlimit = '3/1d'",
         "loyalty = true\nreferral = true\ntoken = 'required'",
         "loyalty = false\nreferral = false\ndelivery = 'at_least_once'",

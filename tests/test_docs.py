@@ -32,13 +32,14 @@ from relay import (
     transport,
     verdicts,
 )
+from relay.catalog import LOOK_UP_S
 from relay.cli import app
 from relay.dead_letters import MAX_PAGE
 from relay.forecast import LANES
 from relay.limits import DEFAULT_LIMITS, DIMENSIONS, parse_budget, parse_limits
 from relay.ops import ops_app
 from relay.outcomes import CURES, LETTER_CURES, Hold, Outcome, letter_cure
-from relay.queue import Queue, Scripts
+from relay.queue import LOOK_UP_MS, Queue, Scripts
 from relay.settings import CREDENTIALS, KNOWN, Role, Settings, required, variable
 from relay.verdicts import Verdict, read_answer
 from simulation.__main__ import HISTORIES, STEPS
@@ -597,6 +598,10 @@ def test_every_reason_of_a_dead_letter_is_told() -> None:
     assert found <= set(operations("Minutes and hours"))
 
 
+def test_the_catalogue_knows_when_an_event_is_looked_up() -> None:
+    assert LOOK_UP_S * 1000 == LOOK_UP_MS
+
+
 def test_every_cure_of_a_dead_letter_is_told() -> None:
     said = section("docs/operations.md", "Minutes and hours")
     for outcome in ("ambiguous", "rejected"):
@@ -621,7 +626,7 @@ def test_every_stop_of_a_replay_is_told_with_its_cure() -> None:
 
 
 def test_the_fields_of_a_dead_letter_are_told() -> None:
-    [words] = re.findall(r":dead', '\*',(.*?)\)\n", LUA["lib"], re.S)
+    [words] = re.findall(r"add\(P .. ':dead',(.*?)\)\n", LUA["lib"], re.S)
     fields = re.findall(r"'(\w+)',", words)
     told = operations("Dead letters")
     assert sorted(told) == sorted([*fields, *replay.REPLAY_CURES])

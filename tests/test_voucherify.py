@@ -821,3 +821,13 @@ def test_what_is_no_cluster_is_refused_with_a_cure(cluster: str, says: str) -> N
         cluster_url(cluster)
     assert "write the cluster's name (api, us1.api, as1.api)" in str(error.value)
     assert "hunter2" not in str(error.value)
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux has it")
+async def test_the_kernel_gives_up_when_the_relay_does() -> None:
+    made = transport.Transport(timeout=7.0)._socket(
+        (socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", 9))
+    )
+    with made:
+        wait_ms = made.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+    assert wait_ms == 7_000
