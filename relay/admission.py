@@ -23,9 +23,9 @@ from relay.errors import QueueUnavailable
 from relay.outcomes import Outcome
 from relay.queue import Event, Refused, Reply, Request
 
-# Beyond it a batch gains little, and while Redis has a large one the edge has nothing
-# to do: two of this size keep both busy.
-MAX_BATCH_EVENTS = 24
+# Beyond it a commit gains little, and while Redis has a large one the edge has nothing
+# to do: two of so many requests keep both busy. A page's batch costs the edge less.
+MAX_BATCH_REQUESTS, MAX_BATCH_EVENTS = 24, 128
 MAX_BATCH_BYTES = 256 * 1024
 IN_FLIGHT = 2  # one being answered while the next one gathers
 MAX_WAITING_EVENTS, MAX_WAITING_BYTES = 5_000, 16 * 1024 * 1024
@@ -148,8 +148,12 @@ class Admission:
         events = size = 0
         while self._waiting:
             request, bytes_, _ = self._waiting[0]
-            full = events + len(request[1]) > MAX_BATCH_EVENTS
-            if batch and (full or size + bytes_ > MAX_BATCH_BYTES):
+            full = (
+                len(batch) == MAX_BATCH_REQUESTS
+                or events + len(request[1]) > MAX_BATCH_EVENTS
+                or size + bytes_ > MAX_BATCH_BYTES
+            )
+            if batch and full:
                 break
             batch.append(self._waiting.popleft())
             events += len(request[1])

@@ -7,7 +7,12 @@ from contextlib import asynccontextmanager
 import pytest
 import redis.asyncio
 
-from relay.admission import MAX_BATCH_EVENTS, MAX_WAITING_EVENTS, Admission
+from relay.admission import (
+    MAX_BATCH_EVENTS,
+    MAX_BATCH_REQUESTS,
+    MAX_WAITING_EVENTS,
+    Admission,
+)
 from relay.errors import QueueUnavailable
 from relay.outcomes import Outcome
 from relay.queue import Queue, Refused, Reply, Request
@@ -70,6 +75,16 @@ def request(*ids: str) -> Request:
     return ("ip", [event(i) for i in ids] or [event()])
 
 
+async def test_the_batches_of_pages_share_commits_too(bench: Bench) -> None:
+    line = Line(bench.queue)
+    async with started(line) as admission:
+        asked = [admission.submit(request(*map(str, range(20)))) for _ in range(60)]
+        await asyncio.gather(*asked)
+    most = MAX_BATCH_EVENTS // 20 * 20
+    assert max(line.batches) == most
+    assert len(line.batches) <= -(-60 * 20 // most) + 2
+
+
 async def test_what_arrives_together_shares_commits(bench: Bench) -> None:
     line = Line(bench.queue)
     async with started(line) as admission:
@@ -77,8 +92,8 @@ async def test_what_arrives_together_shares_commits(bench: Bench) -> None:
             *(admission.submit(request()) for _ in range(500))
         )
     assert [reply.codes[0] for reply in replies] == [0] * 500
-    assert len(line.batches) <= -(-500 // MAX_BATCH_EVENTS) + 2
-    assert max(line.batches) <= MAX_BATCH_EVENTS
+    assert len(line.batches) <= -(-500 // MAX_BATCH_REQUESTS) + 2
+    assert max(line.batches) <= MAX_BATCH_REQUESTS
     assert await bench.totals() == {"received": 500}
 
 

@@ -797,7 +797,11 @@ WORDS = {3: "three", 5: "Five"}
         (PROTOCOL, f"`RELAY_TTL` ({default('ttl')})"),
         (PROTOCOL, f"{retry.BASE_MS // 1000} s to {retry.CAP_MS // 60_000} min"),
         (PROTOCOL, f"(`{Settings.model_fields['track_path'].default}`)"),
-        (ARCHITECTURE, f"up to {admission.MAX_BATCH_EVENTS} events"),
+        (
+            ARCHITECTURE,
+            f"up to {admission.MAX_BATCH_REQUESTS} requests "
+            f"or {admission.MAX_BATCH_EVENTS} events",
+        ),
         (ARCHITECTURE, f"{endpoints.BODY_TIMEOUT_S:g} s and {edge.MAX_BODY_BYTES:,}"),
         (ARCHITECTURE, f"not been heard of for {queue.STALE_MS // 1000} s is dead"),
         (ARCHITECTURE, f"look every {forwarder.LOOK_OUT_S:g} s"),
