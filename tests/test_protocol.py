@@ -279,12 +279,12 @@ async def test_who_reads_no_answers_is_read_no_more() -> None:
 
 async def test_an_idle_connection_is_closed_and_one_that_is_asked_is_not() -> None:
     app = App()
-    async with spoken(app, timeout_keep_alive=0.2) as (reader, writer):
-        writer.write(PLAIN.encode())
-        await reader.readuntil(b"short")
+    async with spoken(app, timeout_keep_alive=1.0) as (reader, writer):
         other, other_writer = await asyncio.open_connection(
             *writer.get_extra_info("peername")
         )
+        writer.write(PLAIN.encode())
+        await reader.readuntil(b"short")
         app.hold = True
         writer.write(PLAIN.encode())
 
