@@ -21,7 +21,7 @@ import structlog
 
 from relay.errors import QueueUnavailable
 from relay.outcomes import Outcome
-from relay.queue import Event, Refused, Reply, Request
+from relay.queue import Refused, Reply, Request
 
 # Beyond it a commit gains little, and while Redis has a large one the edge has nothing
 # to do: two of so many requests keep both busy. A page's batch costs the edge less.
@@ -124,8 +124,7 @@ class Admission:
             or self._waiting_bytes > MAX_WAITING_BYTES
         ):
             raise QueueUnavailable("overloaded", "Too much at once: try again soon.")
-        # Most requests have one event.
-        size = len(events[0][7]) if len(events) == 1 else _size(events)
+        size = sum([len(event[7]) for event in events])
         self._waiting.append((request, size, then))
         self._waiting_events += len(events)
         self._waiting_bytes += size
@@ -242,10 +241,6 @@ class Admission:
             away = self._open_until > self._loop.time()
             if (self._refused or self._unsure) and idle and not away:
                 self._flush(final=True)
-
-
-def _size(events: list[Event]) -> int:
-    return sum(len(event[7]) for event in events)
 
 
 def _settle(future: asyncio.Future[Reply], result: Reply | Exception) -> None:

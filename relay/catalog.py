@@ -37,6 +37,7 @@ MAX_CHARS = 256 * 1024  # of a file: thousands of events
 MAX_LINE = 4_000
 MAX_NAME = 300  # of `event` ("Track Custom Event (client-side)")
 MAX_COALESCE_S = 30 * 86_400
+LOOK_UP_S = 120  # from a doubtful call until it is looked up: queue.py does it
 
 # What a property may be listed as that the relay sets: to a time, and to an id.
 TIME_TYPES = ("datetime", "string", "any")
@@ -432,9 +433,6 @@ def _check_together(rule: Rule, table: _Table) -> None:
             'allow: add token = "required", or limit = "3/1d"',
             paying[0],
         )
-
-
-LOOK_UP_S = 120  # from a doubtful call until it is looked up: queue.py does it
 
 
 def _check_own(rule: Rule, table: _Table) -> None:
