@@ -282,10 +282,9 @@ class Replay:
             gauges = await self._queue.hash("gauges")
             rate = float(gauges.get("budget_per_s") or 0)
             queue_s = float(gauges.get("eta_s") or 0) + (missing / rate if rate else 0)
-            # Some may have to be looked up first, and not before their time.
-            look_up_s = self._queue.look_up_ms / 1000 if self._plan.may_pay_twice else 0
-            queue_s += look_up_s / PATIENCE_FACTOR
             self._until = self._clock() + self._patience_s + PATIENCE_FACTOR * queue_s
+            if self._plan.may_pay_twice:  # some are looked up first, in their time
+                self._until += self._queue.look_up_ms / 1000
             self._chunk = self._fields["chunk"]
         if self._clock() < self._until:
             return True

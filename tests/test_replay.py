@@ -478,16 +478,22 @@ class Patience:
         return self.now
 
 
-async def test_outcomes_that_do_not_come_stop_it(bench: Bench) -> None:
+@pytest.mark.parametrize(("may_pay_twice", "until"), [(False, 160), (True, 280)])
+async def test_outcomes_that_do_not_come_stop_it(
+    bench: Bench,
+    may_pay_twice: bool,  # and so may have to be looked up
+    until: int,
+) -> None:
     await bury(bench, 11)
     clock = Patience()
-    running = await begun(bench, clock=clock)
+    plan = Plan(may_pay_twice=may_pay_twice)
+    running = await begun(bench, plan, clock=clock)
     looks = 0
     async for told in running.run():
         looks += 1
         assert told.sent in (0, CANARY)
         if looks > 5:  # for as long as it may take, it waits
-            assert told.state == "running" or clock.now >= 160
+            assert (told.state == "running") == (clock.now < until)
             clock.now += 10
     assert (running.progress.why, running.progress.sent) == ("stalled", CANARY)
     await drain(bench)
