@@ -87,7 +87,6 @@ def test_a_reset_connection_is_a_failure_to_connect_on_uvloop_too(
         [kept] = line._idle
         assert kept._writer is not None
         kept._writer.transport.abort()
-        await asyncio.sleep(0)
         with pytest.raises(broken.ConnectionError):
             await line.call("PING")
         assert await line.call("PING") == b"PONG"

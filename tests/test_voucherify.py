@@ -823,7 +823,10 @@ def test_what_is_no_cluster_is_refused_with_a_cure(cluster: str, says: str) -> N
     assert "hunter2" not in str(error.value)
 
 
-@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux has it")
+@pytest.mark.skipif(
+    not hasattr(socket, "TCP_USER_TIMEOUT"),
+    reason="only Linux lets a program set TCP_USER_TIMEOUT",
+)
 async def test_the_kernel_gives_up_when_the_relay_does() -> None:
     made = transport.Transport(timeout=7.0)._socket(
         (socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", 9))
