@@ -8,6 +8,7 @@ import redis.exceptions as broken
 import uvloop
 
 from relay.line import Line
+from tests.support import eventually
 
 pytestmark = pytest.mark.anyio
 
@@ -85,8 +86,15 @@ def test_a_reset_connection_is_a_failure_to_connect_on_uvloop_too(
         line = Line(valkey_url, timeout=5.0)
         await line.call("PING")
         [kept] = line._idle
-        assert kept._writer is not None
-        kept._writer.transport.abort()
+        reader, writer = kept._reader, kept._writer
+        assert reader is not None
+        assert writer is not None
+        writer.transport.abort()
+
+        async def ended() -> bool:
+            return reader.at_eof()
+
+        await eventually(ended)
         with pytest.raises(broken.ConnectionError):
             await line.call("PING")
         assert await line.call("PING") == b"PONG"
