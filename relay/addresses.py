@@ -16,6 +16,7 @@ from ipaddress import (
     ip_address,
     ip_network,
 )
+from socket import AF_INET, inet_pton
 from typing import Self
 
 # What a peer on the unix socket is called: it has no address.
@@ -34,11 +35,6 @@ MAX_HOPS = 32
 MAX_ENTRY = 100
 
 _HOST_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
-
-# An IPv4 address as most are written. It has no second form (no leading zeros), and to
-# see that costs a tenth of reading it as whatever an address may be.
-_BYTE = r"(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
-_plain_v4 = re.compile(rf"{_BYTE}(?:\.{_BYTE}){{3}}").fullmatch
 
 # Entries each; at most about 1 MB in all.
 CACHE = 4096
@@ -90,12 +86,12 @@ class TrustedProxies:
             return False
         if address is None:
             return self.unix
-        if _plain_v4(address):
-            return self._trusts_plain(address)
         return self._contains(address[: MAX_ENTRY + 1])
 
-    def _trusts_plain(self, address: str) -> bool:
-        """The same of a plain IPv4 address, without parsing it."""
+    def trusts_canonical(self, address: str) -> bool:
+        """The same of an address in its canonical form."""
+        if ":" in address:
+            return self._contains(address)
         return address.startswith(self._runs) or address in self._single
 
     def _search(self, text: str) -> bool:
@@ -116,33 +112,34 @@ def client_address(
     answer may be "unix"). `forwarded_for` holds the lines of `X-Forwarded-For` in
     the order they came.
     """
-    client = UNIX if peer is None else _peer(peer[: MAX_ENTRY + 1])
-    if not forwarded_for or not trusted.trusts(peer):
-        return client
-    for entry in _from_the_right(forwarded_for):
-        address = _canonical(entry)
-        if address is None:  # Whoever wrote this, nothing left of it can be believed.
-            return client
-        client = address
-        if not trusted.trusts(address):
-            return client
+    client = None
+    if forwarded_for and trusted.trusts(peer):
+        for entry in _from_the_right(forwarded_for):
+            address = _canonical(entry)
+            if address is None:  # Whoever wrote it, nothing left can be believed.
+                break
+            client = address
+            if not trusted.trusts_canonical(address):
+                break
+    if client is None:
+        return UNIX if peer is None else _peer(peer[: MAX_ENTRY + 1])
     return client
 
 
 def address_key(address: str) -> str:
     """Give what limits count by: an IPv4 address, or the /64 of an IPv6 one.
 
-    A household or a phone has a whole /64 (RFC 6177, RFC 7934), so counting single
-    IPv6 addresses would limit nobody.
+    `address` is as `client_address` gives it. A household or a phone has a whole /64
+    (RFC 6177, RFC 7934), so counting single IPv6 addresses would limit nobody.
     """
-    return address if _plain_v4(address) else _key(address)
+    return _key(address) if ":" in address else address
 
 
 @lru_cache(CACHE)
 def _key(address: str) -> str:
     parsed = _parse(address)
-    if parsed is None:
-        return address[: MAX_ENTRY + 1]
+    if parsed is None:  # what a server calls its peer
+        return address
     if isinstance(parsed, IPv4Address):
         return str(parsed)
     return f"{IPv6Address(int(parsed) >> 64 << 64)}/64"
@@ -182,6 +179,9 @@ def _runs(network: IPv4Network) -> Iterable[str]:
 
 
 def _from_the_right(lines: Sequence[bytes | str]) -> list[str]:
+    if len(lines) == 1 and isinstance(lines[0], bytes) and b"," not in lines[0]:
+        alone = lines[0].strip(b" \t")  # as most are
+        return [alone[: MAX_ENTRY + 1].decode("latin-1")] if alone else []
     texts = [x.decode("latin-1") if isinstance(x, bytes) else x for x in lines]
     # RFC 9110, 5.3: several lines are one list. One more split than is read, so that
     # the unsplit rest is never an entry.
@@ -192,6 +192,21 @@ def _from_the_right(lines: Sequence[bytes | str]) -> list[str]:
 
 def _peer(text: str) -> str:
     return _canonical(text) or text
+
+
+def _plain_v4(text: str) -> bool:
+    """Whether this is an IPv4 address as most are written.
+
+    It has no second form (no leading zeros), and to see that costs a tenth of reading
+    it as whatever an address may be.
+    """
+    if ":" in text:
+        return False
+    try:
+        inet_pton(AF_INET, text)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _canonical(text: str) -> str | None:

@@ -12,9 +12,9 @@ import msgspec
 from msgspec import Struct, field
 
 from relay.events import Event
+from relay.headers import NONE, Block, Header
 from relay.outcomes import Outcome
 
-Header = tuple[bytes, bytes]
 Refusal = tuple[Outcome, str, str]  # outcome, reason, event name or ""
 
 JSON = (b"content-type", b"application/json")
@@ -33,15 +33,20 @@ STATUS = {
 }
 
 
-class Response(Struct):
+class Response(Struct, gc=False):
     """An answer, the refusals it stands for, and what else is to be counted."""
 
     status: int
-    headers: list[Header]
+    own: list[Header]
     body: bytes = b""
+    always: Block = NONE  # what it has in common with others, written before its own
     refusals: list[Refusal] = field(default_factory=list)
     notes: Sequence[str] = ()
     browser: Sequence[tuple[str, int]] = ()  # what the snippet reported
+
+    @property
+    def headers(self) -> list[Header]:
+        return [*self.always.pairs, *self.own]
 
 
 # What an answer says of one event: id, status, and why not.
@@ -57,8 +62,11 @@ class Dialect(Protocol):
 
     def accept(
         self, entries: Sequence[Entry], event: Event | None
-    ) -> tuple[int, Header, bytes]:
-        """At least one event was taken; `event` is the only one, as it was sent."""
+    ) -> tuple[int, bytes]:
+        """At least one event was taken; `event` is the only one, as it was sent.
+
+        The body is JSON.
+        """
         ...
 
     def refuse(
@@ -91,9 +99,9 @@ class Beacons:
 
     def accept(
         self, entries: Sequence[Entry], event: Event | None
-    ) -> tuple[int, Header, bytes]:
+    ) -> tuple[int, bytes]:
         del event
-        return 202, JSON, _json({"events": entries, **self._more})
+        return 202, _json({"events": entries, **self._more})
 
     def refuse(
         self,
@@ -135,7 +143,7 @@ class Official:
 
     def accept(
         self, entries: Sequence[Entry], event: Event | None
-    ) -> tuple[int, Header, bytes]:
+    ) -> tuple[int, bytes]:
         del entries
         # What Voucherify stores about the customer is nobody's business here, so the
         # answer is made of the sender's own words.
@@ -152,7 +160,7 @@ class Official:
             "loyalty": None,
             "metadata": (event.metadata if event is not None else None) or {},
         }
-        return 200, JSON, _json(body)
+        return 200, _json(body)
 
     def refuse(
         self,

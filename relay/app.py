@@ -30,6 +30,7 @@ from relay.catalog import Catalog
 from relay.edge import Edge
 from relay.endpoints import Track
 from relay.errors import QueueUnavailable
+from relay.headers import fields_of
 from relay.snippet import NAME, Script, pinned, present
 from relay.values import SDK_PATH
 
@@ -196,7 +197,7 @@ class App:
         # form that it reads.
         of_sdk = SDK_ROOT in request.url.path
         said = self._edges[of_sdk].elsewhere(
-            request.scope["headers"],
+            fields_of(request.scope["headers"]),
             error.status_code,
             str(error.detail),
             request.client.host if request.client else None,

@@ -8,19 +8,22 @@ the schema and the policy. What is refused changes nothing but counters; each
 
 import re
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
+from operator import attrgetter, itemgetter
 from secrets import token_hex
 
 from msgspec import Struct
 
-from relay.addresses import TrustedProxies, address_key, client_address
-from relay.answers import DONE, STATUS, Beacons, Dialect, Entry, Header, Response
+from relay.addresses import MAX_ENTRY, TrustedProxies, address_key, client_address
+from relay.answers import DONE, JSON, STATUS, Beacons, Dialect, Entry, Response
 from relay.browsers import counts, read_report
 from relay.digests import Digests
 from relay.events import Event, Invalid, Refused, read_body, read_event, upstream_body
+from relay.forms import Fault, Form, Forms
+from relay.headers import Block, Fields, Header
 from relay.limits import Limit, policy_header
 from relay.origins import AllowedOrigins
 from relay.outcomes import Outcome
@@ -30,23 +33,12 @@ from relay.policy import Policy, Sender, Special
 # never leaves the browser. https://fetch.spec.whatwg.org/#http-network-or-cache-fetch
 MAX_BODY_BYTES = 64 * 1024
 MAX_WAIT_S = 30  # of `Prefer: wait`
+# Whose digests are kept: of a shopper who sends several events, within minutes.
+KNOWN_ADDRESSES = 8_192
 
-# The headers that decide anything.
-_READ = frozenset(
-    (
-        *(b"origin", b"content-type", b"content-length", b"content-encoding"),
-        *(b"x-forwarded-for", b"prefer", b"x-request-id", b"relay-token"),
-        *(b"sec-gpc", b"user-agent"),
-    )
-)
-_CODINGS = {b"identity": False, b"gzip": True, b"x-gzip": True}  # RFC 9110, 8.4.1.3
 # RFC 7240: names in any case, blanks around "=", the first of several counts.
 _WAIT = re.compile(rb"(?:^|[,;\s])wait\s*=\s*(\d+)(?:$|[,;\s])", re.IGNORECASE)
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9_.-]{1,64}\Z")
-_EXPOSED = (
-    b"Retry-After, RateLimit, RateLimit-Policy, X-Request-Id, Relay-Degraded, "
-    b"Preference-Applied"
-)
 # Browsers ask again after this long; Chromium caps it at two hours.
 _PREFLIGHT_S = b"7200"
 # A 401 names a scheme (RFC 9110, 11.6.1); browsers show no dialog for one that they
@@ -69,7 +61,7 @@ class Fate:
     outcome: dict[str, object] | None = None  # known by now: Prefer: wait
 
 
-class Head(Struct):
+class Head(Struct, gc=False):
     """What the headers of an acceptable request say.
 
     One of the values that are made for each request. They are structs of msgspec, for
@@ -77,16 +69,15 @@ class Head(Struct):
     """
 
     request_id: bytes
-    cors: tuple[Header, ...]
+    form: Form
     address: str  # digest of the client's address, for limits only
     sender: Sender
-    gzip: bool
     length: int  # as announced, -1 when it is not
     wait_s: int  # Prefer: wait
     agent: bytes = b""  # User-Agent
 
 
-class Admitted(Struct):
+class Admitted(Struct, gc=False):
     """Sound events, ready for the queue, and the fate of the others."""
 
     head: Head
@@ -117,122 +108,71 @@ class Edge:
     ) -> None:
         self.policy = policy  # replaced when the catalogue changes
         self._dialect = dialect or Beacons()
-        self._origins = origins
         self._proxies = proxies
-        self._allow_no_origin = allow_no_origin
-        self._limits = tuple(limits)
+        self._names = [f'"{limit.dimension}"'.encode() for limit in limits]
         # Empty when nothing is enforced: a field of no members is not sent (RFC 9651).
         told = policy_header(limits).encode()
         self._limits_told = [(b"ratelimit-policy", told)] if told else []
+        self._forms = Forms(
+            origins=origins,
+            allow_no_origin=allow_no_origin,
+            takes=self._dialect,
+            accepted=[*self._limits_told, JSON],
+        )
         # Ids must differ from those of every other process, past and future.
         self._ids = count()
         self._boot = token_hex(8)
-        self._customer_digest = digests.customer
-        self._address_digest = lru_cache(16_384)(digests.address)
+        self._digests = digests
+        self._known_address = lru_cache(KNOWN_ADDRESSES)(self._address)
 
     # --- before the body ----------------------------------------------------------
 
-    def head(
-        self, method: str, headers: Iterable[Header], peer: str | None
-    ) -> Head | Response:
+    def head(self, method: str, fields: Fields, peer: str | None) -> Head | Response:
         """Judge a request by its headers; the body is not needed for a refusal."""
-        origin = encoding = length = prefer = asked_id = None
-        token = gpc = None
-        content_type = agent = b""
-        forwarded: list[bytes] = []
-        for name, value in headers:
-            if name not in _READ:  # most are not, and are told so at once
-                continue
-            if name == b"origin":
-                origin = value if origin is None else origin + b" " + value
-            elif name == b"content-type":
-                content_type = value
-            elif name == b"content-length":
-                length = value
-            elif name == b"content-encoding":
-                encoding = value
-            elif name == b"x-forwarded-for":
-                forwarded.append(value)
-            elif name == b"prefer":
-                prefer = value if prefer is None else prefer + b"," + value
-            elif name == b"x-request-id":
-                asked_id = value
-            elif name == b"relay-token":
-                token = value
-            elif name == b"sec-gpc":
-                gpc = value
-            elif name == b"user-agent":
-                agent = value
-        request_id = self.request_id(asked_id, peer)
-        said = origin.decode("latin-1") if origin is not None else None
-        allowed = self._allow_no_origin if said is None else self._origins.allows(said)
-        cors = self._cors(origin if allowed else None)
-        if method == "OPTIONS":
-            return self._preflight(request_id, cors, origin, allowed=allowed)
+        get = fields.get
+        request_id = self.request_id(get(b"x-request-id"), peer)
+        form = self._forms.read(
+            get(b"origin"), get(b"content-type", b""), get(b"content-encoding")
+        )
         if method != "POST":
-            return self._problem(
-                request_id,
-                cors,
-                405,
-                None,
-                "method",
-                "Events are sent with POST.",
-                (b"allow", b"POST, OPTIONS"),
-            )
+            return self._not_taken(method, request_id, form)
         # Without an Origin a token may do, and it is in the body.
-        if not allowed and (origin is not None or self.policy.signer is None):
-            return self._problem(
-                request_id, cors, 403, Outcome.FORBIDDEN, "origin", _say_origin(origin)
-            )
-        types = self._dialect.content_types
-        if content_type not in types and _media_type(content_type) not in types:
-            taken = sorted(kind.decode() for kind in types if kind)
-            return self._problem(
-                request_id,
-                cors,
-                415,
-                Outcome.INVALID,
-                "content_type",
-                f"Send JSON as {' or '.join(taken)}.",
-                (b"accept-post", ", ".join(taken).encode()),
-            )
-        coding = encoding.strip().lower() if encoding else b"identity"
-        if coding not in _CODINGS:
-            return self._problem(
-                request_id,
-                cors,
-                415,
-                Outcome.INVALID,
-                "content_encoding",
-                "Send the body plain or with Content-Encoding: gzip.",
-                (b"accept-encoding", b"gzip"),
-            )
-        # Cut: Python refuses to read a number of thousands of digits.
-        announced = int(length[:19]) if length is not None and length.isdigit() else -1
+        if not form.allowed and (form.origin is not None or self.policy.signer is None):
+            return self._at_fault(request_id, form, form.forbidden)
+        if form.fault is not None:
+            return self._at_fault(request_id, form, form.fault)
+        length, prefer = get(b"content-length"), get(b"prefer")
+        token, forwarded = get(b"relay-token"), get(b"x-forwarded-for")
         wanted = _WAIT.search(prefer) if prefer is not None else None
         head = Head(
-            request_id=request_id,
-            cors=cors,
-            address=self._address_digest(
-                address_key(client_address(peer, forwarded, self._proxies))
+            request_id,
+            form,
+            self._limited_as(peer, forwarded),
+            Sender(
+                form.origin,
+                form.allowed,
+                token.decode("latin-1") if token else None,
+                get(b"sec-gpc") == b"1",
             ),
-            sender=Sender(
-                origin=said,
-                allowed=allowed,
-                token=token.decode("latin-1") if token else None,
-                gpc=gpc == b"1",
-            ),
-            gzip=_CODINGS[coding],
-            length=announced,
-            wait_s=min(int(wanted[1][:9]), MAX_WAIT_S) if wanted else 0,
-            agent=agent,
+            # Cut: Python refuses to read a number of thousands of digits.
+            int(length[:19]) if length is not None and length.isdigit() else -1,
+            min(int(wanted[1][:9]), MAX_WAIT_S) if wanted else 0,
+            get(b"user-agent", b""),
         )
-        if forwarded and not self._proxies.trusts(peer):
+        if forwarded is not None and not self._proxies.trusts(peer):
             head.sender.notes.append("untrusted_proxy")
-        return self.too_large(head) if announced > MAX_BODY_BYTES else head
+        return self.too_large(head) if head.length > MAX_BODY_BYTES else head
 
-    def _allows(self, origin: bytes) -> bool:
-        return self._origins.allows(origin.decode("latin-1"))
+    def _limited_as(self, peer: str | None, forwarded: bytes | None) -> str:
+        """The digest by which limits count whoever sends."""
+        if forwarded is not None and len(forwarded) > MAX_ENTRY:
+            return self._address(peer, forwarded)  # of any length, so not kept
+        return self._known_address(peer, forwarded)
+
+    def _address(self, peer: str | None, forwarded: bytes | None) -> str:
+        lines = () if forwarded is None else (forwarded,)
+        client = client_address(peer, lines, self._proxies)
+        return self._digests.address(address_key(client))
 
     def request_id(self, asked: bytes | None, peer: str | None) -> bytes:
         """A trusted proxy's own id, so that its log and ours can be joined."""
@@ -247,44 +187,49 @@ class Edge:
     def _new_id(self) -> str:
         return f"{self._boot}-{next(self._ids):x}"
 
-    def _cors(self, origin: bytes | None) -> tuple[Header, ...]:
-        if origin is None:
-            return ((b"vary", b"Origin"),)
-        return (
-            (b"access-control-allow-origin", origin),
-            (b"access-control-allow-credentials", b"true"),
-            (b"access-control-expose-headers", _EXPOSED),
-            (b"vary", b"Origin"),
-        )
-
-    def _preflight(
-        self,
-        request_id: bytes,
-        cors: tuple[Header, ...],
-        origin: bytes | None,
-        *,
-        allowed: bool,
-    ) -> Response:
-        if not allowed:  # asked before anything is sent, so nothing is counted
+    def _not_taken(self, method: str, request_id: bytes, form: Form) -> Response:
+        """The answer to another method than POST."""
+        if method != "OPTIONS":
             return self._problem(
-                request_id, cors, 403, None, "origin", _say_origin(origin)
+                request_id,
+                form.cors,
+                405,
+                None,
+                "method",
+                "Events are sent with POST.",
+                (b"allow", b"POST, OPTIONS"),
             )
+        if not form.allowed:  # asked before anything is sent, so nothing is counted
+            return self._at_fault(request_id, form, form.forbidden, counts=False)
         return Response(
             204,
             [
-                *cors,
                 (b"access-control-allow-methods", b"POST"),
                 (b"access-control-allow-headers", self._dialect.request_headers),
                 (b"access-control-max-age", _PREFLIGHT_S),
                 (b"x-request-id", request_id),
             ],
+            always=form.cors,
+        )
+
+    def _at_fault(
+        self, request_id: bytes, form: Form, fault: Fault, *, counts: bool = True
+    ) -> Response:
+        return self._problem(
+            request_id,
+            form.cors,
+            fault.status,
+            fault.outcome if counts else None,
+            fault.reason,
+            fault.detail,
+            *fault.extra,
         )
 
     # --- the body ------------------------------------------------------------------
 
     def body(self, head: Head, body: bytes, *, now: float) -> Admitted | Response:
         """Judge the events. A whole body that cannot be read counts as one event."""
-        if head.gzip:
+        if head.form.gzip:
             inflated = inflate(body)
             if inflated is None:
                 return self.too_large(head)
@@ -317,7 +262,7 @@ class Edge:
         return (
             event_id,
             event.id is not None,
-            self._customer_digest(
+            self._digests.customer(
                 id=who.id, source_id=who.source_id, signed=ruling.signed
             ),
             event.event,
@@ -340,45 +285,35 @@ class Edge:
 
         `limit` is the tightest one: its index, what is left, microseconds until more.
         """
-        entries: list[Entry] = []
-        known = iter(zip(admitted.events, fates, strict=True))
-        accepted = False
-        retry_after = 0
-        worst = 400
-        for place in range(len(admitted.events) + len(admitted.refused)):
-            if (refused := admitted.refused.get(place)) is not None:
-                entry = self._refused_entry(refused)
-            else:
-                event, fate = next(known)
-                entry = _entry(event[0], fate)
-                retry_after = max(retry_after, fate.retry_after)
-            entries.append(entry)
-            if entry["status"] in DONE:
-                accepted = True
-            else:
-                worst = max(worst, STATUS[str(entry["status"])])
-        extra = self._limit_headers(limit)
-        if retry_after:
-            extra.append((b"retry-after", b"%d" % retry_after))
-        head = admitted.head
+        head, refused = admitted.head, admitted.refused
+        entries = list(map(_entry, admitted.events, fates))
+        if refused:
+            for place in sorted(refused):
+                entries.insert(place, self._refused_entry(refused[place]))
+        statuses = list(map(_STATUS, entries))
+        own = [] if limit is None or limit[0] < 0 else [self._tightest(*limit)]
         if head.wait_s:
-            extra.append((b"preference-applied", b"wait=%d" % head.wait_s))
-        if accepted:
-            status, kind, body = self._dialect.accept(entries, admitted.said)
+            own.append((b"preference-applied", b"wait=%d" % head.wait_s))
+        if not DONE.issuperset(statuses):
+            again = max(map(_RETRY_AFTER, fates), default=0)
+            own += [(b"retry-after", b"%d" % again)] if again else []
+        if DONE.isdisjoint(statuses):
+            always, status = head.form.cors, max(STATUS[said] for said in statuses)
+            kind, body = self._all_refused(admitted, status, entries)
+            own += [*self._limits_told, kind]
+            if status == 401:
+                own.append(_CHALLENGE)
         else:
-            status = worst
-            kind, body = self._all_refused(admitted, worst, entries)
-            if worst == 401:
-                extra.append(_CHALLENGE)
-        response = Response(
-            status,
-            [*head.cors, *extra, kind, (b"x-request-id", head.request_id)],
-            body,
-            [(r.outcome, r.reason, r.name) for r in admitted.refused.values()],
-            head.sender.notes,
-        )
+            always = head.form.accepted
+            status, body = self._dialect.accept(entries, admitted.said)
+        own.append((b"x-request-id", head.request_id))
+        response = Response(status, own, body, always)
+        response.notes = head.sender.notes
+        if refused:
+            response.refusals = [
+                (r.outcome, r.reason, r.name) for r in refused.values()
+            ]
         if admitted.report is not None:
-            statuses = [str(entry["status"]) for entry in entries]
             response.browser = counts(head.agent, admitted.report, statuses)
         return response
 
@@ -399,7 +334,7 @@ class Edge:
         """413, decided on the announced, the read or the inflated size."""
         return self._problem(
             head.request_id,
-            head.cors,
+            head.form.cors,
             413,
             Outcome.INVALID,
             "too_large",
@@ -411,7 +346,7 @@ class Edge:
         """408: the body did not arrive in time."""
         return self._problem(
             head.request_id,
-            head.cors,
+            head.form.cors,
             408,
             Outcome.INVALID,
             "timeout",
@@ -421,7 +356,7 @@ class Edge:
 
     def elsewhere(
         self,
-        headers: Iterable[Header],
+        fields: Fields,
         status: int,
         detail: str,
         peer: str | None = "",  # nobody: None is the unix socket
@@ -430,17 +365,9 @@ class Edge:
 
         Not a limited route, so it tells no limits.
         """
-        origins: list[bytes] = []
-        asked = None
-        for name, value in headers:
-            if name == b"origin":
-                origins.append(value)
-            elif name == b"x-request-id":
-                asked = value
-        allowed = len(origins) == 1 and self._allows(origins[0])
         return self._document(
-            self.request_id(asked, peer),
-            self._cors(origins[0] if allowed else None),
+            self.request_id(fields.get(b"x-request-id"), peer),
+            self._forms.cors(fields.get(b"origin")),
             status,
             {404: "path", 405: "method"}.get(status, "refused"),
             detail,
@@ -450,7 +377,7 @@ class Edge:
         """500: a fault of the relay itself."""
         return self._problem(
             head.request_id if head else self._new_id().encode(),
-            head.cors if head else self._cors(None),
+            head.form.cors if head else self._forms.cors(None),
             500,
             Outcome.INTERNAL,
             "internal",
@@ -462,7 +389,7 @@ class Edge:
     def _whole(self, head: Head, invalid: Invalid) -> Response:
         return self._problem(
             head.request_id,
-            head.cors,
+            head.form.cors,
             400,
             Outcome.INVALID,
             invalid.reason,
@@ -491,21 +418,14 @@ class Edge:
             "detail": refused.detail,
         }
 
-    def _limit_headers(self, limit: tuple[int, int, int] | None) -> list[Header]:
-        if limit is None or limit[0] < 0:
-            return [*self._limits_told]
-        which, left, reset_us = limit
-        name = self._limits[which].dimension
+    def _tightest(self, which: int, left: int, reset_us: int) -> Header:
         until = -(-reset_us // 1_000_000)
-        return [
-            *self._limits_told,
-            (b"ratelimit", f'"{name}";r={left};t={until}'.encode()),
-        ]
+        return b"ratelimit", b"%b;r=%d;t=%d" % (self._names[which], left, until)
 
     def _problem(
         self,
         request_id: bytes,
-        cors: tuple[Header, ...],
+        cors: Block,
         status: int,
         outcome: Outcome | None,
         reason: str,
@@ -522,24 +442,22 @@ class Edge:
     def _document(
         self,
         request_id: bytes,
-        cors: tuple[Header, ...],
+        cors: Block,
         status: int,
         reason: str,
         detail: str,
         *extra: Header,
     ) -> Response:
         kind, body = self._dialect.refuse(status, reason, detail, request_id=request_id)
-        return Response(
-            status, [*cors, *extra, kind, (b"x-request-id", request_id)], body
-        )
+        own = [*extra, kind, (b"x-request-id", request_id)]
+        return Response(status, own, body, cors)
 
 
-def _media_type(content_type: bytes) -> bytes:
-    return content_type.partition(b";")[0].strip().lower()
+_STATUS, _RETRY_AFTER = itemgetter("status"), attrgetter("retry_after")
 
 
-def _entry(event_id: str, fate: Fate) -> Entry:
-    entry: Entry = {"id": event_id, "status": fate.status}
+def _entry(event: Queueable, fate: Fate) -> Entry:
+    entry: Entry = {"id": event[0], "status": fate.status}
     if fate.reason:
         entry["reason"] = fate.reason
         entry["detail"] = fate.detail
@@ -548,18 +466,6 @@ def _entry(event_id: str, fate: Fate) -> Entry:
     if fate.outcome is not None:
         entry.update(fate.outcome)
     return entry
-
-
-def _say_origin(origin: bytes | None) -> str:
-    if origin is None:
-        return (
-            "The request names no Origin: browsers send it with every POST; for other "
-            "senders set RELAY_ALLOW_NO_ORIGIN=true."
-        )
-    return (
-        "This origin may not send events here: add it to RELAY_ALLOWED_ORIGINS if it "
-        "is one of the shop's own."
-    )
 
 
 def inflate(body: bytes) -> bytes | Invalid | None:

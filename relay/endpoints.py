@@ -12,7 +12,7 @@ size of headers or the time they take; a proxy in front does.
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -23,6 +23,7 @@ from relay.admission import Admission
 from relay.answers import Response
 from relay.edge import MAX_BODY_BYTES, Admitted, Edge, Fate, Head
 from relay.errors import QueueUnavailable
+from relay.headers import Fields, fields_of
 from relay.limits import Limit
 from relay.outcomes import Outcome
 from relay.queue import (
@@ -64,6 +65,14 @@ _NO_ROOM = Fate(
     detail="The queue is full: try again in a while.",
     retry_after=30,
 )
+# By the codes of the commit script; the others are limits.
+_FATES = {
+    QUEUED: _QUEUED,
+    DUPLICATE: _DUPLICATE,
+    COALESCED: _COALESCED,
+    USED_UP: _USED_UP,
+    NO_ROOM: _NO_ROOM,
+}
 
 
 class Outcomes(Protocol):
@@ -107,8 +116,9 @@ class Track:
         head: Head | None = None
         try:
             client = scope.get("client")
+            fields = fields_of(scope["headers"])
             judged = self._edge.head(
-                scope["method"], scope["headers"], client[0] if client else None
+                scope["method"], fields, client[0] if client else None
             )
             if isinstance(judged, Head):
                 head = judged
@@ -119,7 +129,7 @@ class Track:
                     body if isinstance(body, Response) else await self._take(head, body)
                 )
             else:
-                response = await self._refuse(judged, scope, receive)
+                response = await self._refuse(judged, fields, receive)
         except Exception:
             response = self._failed(head)
         self._count(response)
@@ -136,7 +146,7 @@ class Track:
 
     def take(
         self,
-        headers: Iterable[tuple[bytes, bytes]],
+        fields: Fields,
         peer: str | None,
         body: bytes,
         answer: Callable[[Response], None],
@@ -147,7 +157,7 @@ class Track:
         """
         head: Head | None = None
         try:
-            judged = self._edge.head("POST", headers, peer)
+            judged = self._edge.head("POST", fields, peer)
             if isinstance(judged, Head):
                 head = judged
                 response = self._submit(head, body, answer)
@@ -160,14 +170,12 @@ class Track:
         self._count(response)
         answer(response)
 
-    def too_slow(
-        self, headers: Iterable[tuple[bytes, bytes]], peer: str | None
-    ) -> Response:
+    def too_slow(self, fields: Fields, peer: str | None) -> Response:
         """The answer where the body does not come."""
-        judged = self._edge.head("POST", headers, peer)
+        judged = self._edge.head("POST", fields, peer)
         response = self._edge.too_slow(judged) if isinstance(judged, Head) else judged
         if _CLOSE not in response.headers:
-            response.headers.append(_CLOSE)
+            response.own.append(_CLOSE)
         self._count(response)
         return response
 
@@ -198,14 +206,12 @@ class Track:
         result: Reply | Exception,
     ) -> None:
         try:
-            if isinstance(result, QueueUnavailable):
+            if isinstance(result, Reply):
+                response = self._answer(admitted, self._fates(result), result)
+            elif isinstance(result, QueueUnavailable):
                 response = self._away(admitted, result)
-            elif isinstance(result, Exception):
-                raise result
             else:
-                response = self._answer(
-                    admitted, [self._fate(*pair) for pair in _pairs(result)], result
-                )
+                raise result
         except Exception:
             response = self._failed(admitted.head)
         self._count(response)
@@ -228,7 +234,7 @@ class Track:
             self._admission.note_browser(field, n)
         if response.status != 204:  # which has no such field: RFC 9110, 8.6
             length = b"%d" % len(response.body)
-            response.headers.append((b"content-length", length))
+            response.own.append((b"content-length", length))
 
     # --- the way through ASGI ---------------------------------------------------------
 
@@ -249,7 +255,7 @@ class Track:
             return body
         response = self._edge.too_large(head)
         if not ended and not await self._discard(receive, len(body)):
-            response.headers.append(_CLOSE)
+            response.own.append(_CLOSE)
         return response
 
     async def _read_rest(
@@ -268,15 +274,15 @@ class Track:
         return b"".join(chunks), False
 
     async def _refuse(
-        self, response: Response, scope: Scope, receive: Receive
+        self, response: Response, fields: Fields, receive: Receive
     ) -> Response:
         """Bring a request that its headers condemn to its end, or close after it.
 
         Else what comes next on the connection could not be told from the rest of the
         body (RFC 9112, 9.3), and a body that never ends would keep it open.
         """
-        if not _worth_reading(scope["headers"]) or not await self._discard(receive, 0):
-            response.headers.append(_CLOSE)
+        if not _worth_reading(fields) or not await self._discard(receive, 0):
+            response.own.append(_CLOSE)
         return response
 
     async def _discard(self, receive: Receive, size: int) -> bool:
@@ -302,7 +308,7 @@ class Track:
             else:
                 head.wait_s = 0
                 reply = await self._admission.submit(admitted.request)
-                fates = [self._fate(*pair) for pair in _pairs(reply)]
+                fates = self._fates(reply)
         except QueueUnavailable as error:
             return self._away(admitted, error)
         return self._answer(admitted, fates, reply)
@@ -324,17 +330,15 @@ class Track:
             admitted, "draining", "This relay is stopping: try again.", 1
         )
 
-    def _fate(self, code: int, wait_us: int) -> Fate:
-        if code == QUEUED:
-            return _QUEUED
-        if code == DUPLICATE:
-            return _DUPLICATE
-        if code == COALESCED:
-            return _COALESCED
-        if code == USED_UP:
-            return _USED_UP
-        if code == NO_ROOM:
-            return _NO_ROOM
+    def _fates(self, reply: Reply) -> list[Fate]:
+        """What admission says of each event of a request."""
+        codes = reply.codes
+        return [
+            _FATES.get(code) or self._limited(code, wait_us)
+            for code, wait_us in zip(codes[::2], codes[1::2], strict=True)
+        ]
+
+    def _limited(self, code: int, wait_us: int) -> Fate:
         dimension = (
             "event" if code == EVENT_LIMITED else self._limits[code - LIMITED].dimension
         )
@@ -361,7 +365,7 @@ class Track:
                     for event in admitted.events:
                         await self._outcomes.expect(event, admitted.head.wait_s)
             reply = await self._admission.submit(admitted.request)
-            fates = [self._fate(*pair) for pair in _pairs(reply)]
+            fates = self._fates(reply)
             return reply, await self._await_outcomes(admitted, fates, until)
         finally:
             self._waiters -= 1
@@ -394,18 +398,13 @@ _OF = {
 }
 
 
-def _worth_reading(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+def _worth_reading(fields: Fields) -> bool:
     """Whether the rest of a refused request may be short, and comes unasked."""
-    named = dict(headers)
-    if b"expect" in named:  # 100-continue: the sender waits to be asked
+    if b"expect" in fields:  # 100-continue: the sender waits to be asked
         return False
-    length = named.get(b"content-length", b"")
+    length = fields.get(b"content-length", b"")
     return not length.isdigit() or int(length[:19]) <= MAX_DISCARDED_BYTES
 
 
 def _over(size: int) -> bool:
     return size > MAX_BODY_BYTES
-
-
-def _pairs(reply: Reply) -> Iterator[tuple[int, int]]:
-    return zip(reply.codes[::2], reply.codes[1::2], strict=True)

@@ -15,6 +15,7 @@ from relay.assembly import make_catalog, make_digests, make_policy, shown_upstre
 from relay.catalog import span
 from relay.edge import Admitted, Edge, Head, Queueable
 from relay.events import Event, Invalid, Refused, read_body, read_event
+from relay.headers import Fields
 from relay.limits import Limit
 from relay.policy import Policy, Ruling, Sender
 from relay.settings import Settings
@@ -34,7 +35,7 @@ class Request:
     gpc: bool = False
     content_type: str = "application/json"
 
-    def headers(self, body: bytes) -> list[tuple[bytes, bytes]]:
+    def headers(self, body: bytes) -> Fields:
         named = {
             "origin": self.origin,
             "content-type": self.content_type,
@@ -43,11 +44,11 @@ class Request:
             "relay-token": self.token,
             "sec-gpc": "1" if self.gpc else None,
         }
-        return [
-            (name.encode(), value.encode("latin-1", "replace"))
+        return {
+            name.encode(): value.encode("latin-1", "replace")
             for name, value in named.items()
             if value is not None
-        ]
+        }
 
 
 class _Telling(Policy):

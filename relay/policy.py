@@ -28,7 +28,7 @@ _ABSENT = {field.name: field.default for field in fields(Customer)}
 Special = tuple[str, int, int, int, bool, str, int, int, bool]
 
 
-class Sender(Struct):
+class Sender(Struct, gc=False):
     """What a request says of who sends it."""
 
     origin: str | None = None
@@ -38,7 +38,7 @@ class Sender(Struct):
     notes: list[str] = field(default_factory=list)  # to be counted
 
 
-class Ruling(Struct, kw_only=True):
+class Ruling(Struct, gc=False, kw_only=True):
     """How an event that may pass is to be handled."""
 
     customer: Customer

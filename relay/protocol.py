@@ -8,13 +8,16 @@ checks are the same: `endpoints.Track` has both ways in.
 
 import asyncio
 from collections.abc import Mapping
+from functools import partial
 from typing import cast
 
+from msgspec import Struct
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from relay.answers import Response
 from relay.edge import MAX_BODY_BYTES
 from relay.endpoints import Track
+from relay.headers import Fields, fields_of
 
 
 class _Nobody:
@@ -24,29 +27,21 @@ class _Nobody:
 
 
 _NOBODY = _Nobody()
-# Headers that decide which way a request takes. All but the first need ASGI.
-_DECIDING = frozenset((b"content-length", b"prefer", b"transfer-encoding", b"expect"))
 _CLOSE = (b"connection", b"close")
 
 
-class Beacon:
+class Beacon(Struct):
     """A request on the short way, with what uvicorn asks of a request."""
 
-    __slots__ = (
-        *("body", "disconnected", "headers", "keep_alive", "message_event"),
-        *("more_body", "response_complete", "timer", "track"),
-    )
-
-    def __init__(self, track: Track, headers: list[tuple[bytes, bytes]]) -> None:
-        self.track = track
-        self.headers = headers
-        self.body = b""
-        self.more_body = True
-        self.timer: asyncio.TimerHandle | None = None
-        self.keep_alive = True
-        self.disconnected = False
-        self.response_complete = False
-        self.message_event = _NOBODY
+    track: Track
+    fields: Fields
+    body: bytes = b""
+    more_body: bool = True
+    timer: asyncio.TimerHandle | None = None
+    keep_alive: bool = True
+    disconnected: bool = False
+    response_complete: bool = False
+    message_event: _Nobody = _NOBODY
 
 
 class BeaconProtocol(HttpToolsProtocol):
@@ -75,10 +70,12 @@ class BeaconProtocol(HttpToolsProtocol):
         self.headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
-        track = self._short_way()
+        track = self._tracks.get(self.url)
         if track is not None:
-            self.cycle = cast("object", Beacon(track, self.headers))  # type: ignore[assignment]  # as uvicorn uses it
-            return
+            fields = fields_of(self.headers)
+            if self._is_short(fields):
+                self.cycle = cast("object", Beacon(track, fields))  # type: ignore[assignment]  # as uvicorn uses it
+                return
         url, headers = self.url, self.headers
         super().on_message_begin()
         self.url = url
@@ -86,29 +83,27 @@ class BeaconProtocol(HttpToolsProtocol):
             super().on_header(*header)
         super().on_headers_complete()
 
-    def _short_way(self) -> Track | None:
-        """Who takes this request on the short way; None: it goes through ASGI."""
-        track = self._tracks.get(self.url)
-        parser = self.parser
-        if (
-            track is None
-            or self.flow.write_paused  # who reads no answers waits, which ASGI does
-            or parser.get_method() != b"POST"
-            or parser.get_http_version() != "1.1"
-            or not parser.should_keep_alive()
-            or parser.should_upgrade()
-            or (self.cycle is not None and not self.cycle.response_complete)
-        ):
-            return None
-        length = b""
-        for name, value in self.headers:
-            if name not in _DECIDING:
-                continue
-            if name != b"content-length":
-                return None
-            length = value
-        small = length.isdigit() and len(length) < 8 and int(length) <= MAX_BODY_BYTES
-        return track if small else None
+    def _is_short(self, fields: Fields) -> bool:
+        """Whether a request to a path for events takes the short way.
+
+        Not what asks for more than an answer to a body at hand.
+        """
+        parser, cycle = self.parser, self.cycle
+        length = fields.get(b"content-length", b"")
+        return (
+            length.isdigit()
+            and len(length) < 8
+            and int(length) <= MAX_BODY_BYTES
+            and b"prefer" not in fields
+            and b"transfer-encoding" not in fields
+            and b"expect" not in fields
+            and parser.get_method() == b"POST"
+            and parser.should_keep_alive()  # 1.0 asks for that in a header
+            and (b"connection" not in fields or parser.get_http_version() == "1.1")
+            and not parser.should_upgrade()
+            and (cycle is None or cycle.response_complete)
+            and not self.flow.write_paused  # who reads no answers waits, as ASGI does
+        )
 
     def on_body(self, body: bytes) -> None:
         cycle: object = self.cycle
@@ -128,7 +123,7 @@ class BeaconProtocol(HttpToolsProtocol):
         if cycle.timer is not None:
             cycle.timer.cancel()
         cycle.track.take(
-            cycle.headers, self._peer(), cycle.body, lambda said: self._say(cycle, said)
+            cycle.fields, self._peer(), cycle.body, partial(self._say, cycle)
         )
 
     def data_received(self, data: bytes) -> None:
@@ -154,17 +149,17 @@ class BeaconProtocol(HttpToolsProtocol):
 
     def _stop_waiting(self, cycle: Beacon) -> None:
         if not cycle.disconnected and not cycle.response_complete:
-            self._say(cycle, cycle.track.too_slow(cycle.headers, self._peer()))
+            self._say(cycle, cycle.track.too_slow(cycle.fields, self._peer()))
 
     def _say(self, cycle: Beacon, said: Response) -> None:
         """Write the answer, and leave the connection to uvicorn again."""
         if cycle.disconnected or cycle.response_complete:
             return
         cycle.response_complete = True
-        parts = [STATUS_LINE[said.status], self._usual_headers()]
-        for name, value in said.headers:
+        parts = [STATUS_LINE[said.status], self._usual_headers(), said.always.wire]
+        for name, value in said.own:
             parts += (name, b": ", value, b"\r\n")
-        told = _CLOSE in said.headers
+        told = _CLOSE in said.own
         if not cycle.keep_alive and not told:
             parts.append(b"connection: close\r\n")
         parts += (b"\r\n", said.body)

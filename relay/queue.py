@@ -86,7 +86,7 @@ class Tick(msgspec.Struct, array_like=True):
     doorbell: list[str]  # last id of the lanes high, normal, low; empty: not idle
 
 
-class Reply(msgspec.Struct, array_like=True):
+class Reply(msgspec.Struct, gc=False, array_like=True):
     """What admission says to one request: the tightest limit, and each event."""
 
     dimension: int  # index into the limits; -1: none

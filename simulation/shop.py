@@ -182,7 +182,4 @@ def arrivals(
                 yield at_ms, n
 
 
-_HEADERS = [
-    (b"origin", b"https://shop.example"),
-    (b"content-type", b"application/json"),
-]
+_HEADERS = {b"origin": b"https://shop.example", b"content-type": b"application/json"}

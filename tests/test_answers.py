@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay.addresses import TrustedProxies
-from relay.answers import DONE, STATUS, Beacons, Header, Official, Refusal, Response
+from relay.answers import DONE, STATUS, Beacons, Official, Refusal, Response
 from relay.catalog import EMPTY, Catalog, parse_catalog
 from relay.digests import Digests
 from relay.edge import MAX_BODY_BYTES, Admitted, Edge, Fate, Head
+from relay.headers import Header, fields_of
 from relay.limits import parse_limits
 from relay.origins import AllowedOrigins
 from relay.outcomes import Outcome
@@ -81,7 +82,7 @@ def raw(body: object) -> bytes:
 def judged(
     edge: Edge, body: object, headers: list[Header], method: str = "POST"
 ) -> Admitted | Response:
-    head = edge.head(method, headers, PEER)
+    head = edge.head(method, fields_of(headers), PEER)
     return edge.body(head, raw(body), now=NOW) if isinstance(head, Head) else head
 
 
@@ -236,9 +237,9 @@ AWAY = Fate(
 
 def errors() -> dict[str, tuple[int, str, str, Response]]:
     """For each error: its status, Voucherify's key, our reason, and the answer."""
-    head = SDK.head("POST", PLAIN, PEER)
+    head = SDK.head("POST", dict(PLAIN), PEER)
     assert isinstance(head, Head)
-    wrong = SDK.head("GET", PLAIN, PEER)
+    wrong = SDK.head("GET", dict(PLAIN), PEER)
     assert isinstance(wrong, Response)
     text = [ORIGIN, (b"content-type", b"text/plain")]
     stranger = [(b"origin", b"https://evil.example"), JSON_TYPE]
@@ -258,7 +259,12 @@ def errors() -> dict[str, tuple[int, str, str, Response]]:
             ),
         ),
         "origin": (403, "forbidden", "origin", answered(SDK, EVENT, stranger)),
-        "path": (404, "not_found", "path", SDK.elsewhere(PLAIN, 404, "Not here.")),
+        "path": (
+            404,
+            "not_found",
+            "path",
+            SDK.elsewhere({}, 404, "Not here."),
+        ),
         "method": (405, "method_not_allowed", "method", wrong),
         "slow": (408, "request_timeout", "timeout", SDK.too_slow(head)),
         "large": (413, "payload_too_large", "too_large", SDK.too_large(head)),
@@ -547,7 +553,7 @@ def preflight(edge: Edge, origin: bytes = SHOP) -> Response:
         (b"access-control-request-method", b"POST"),
         (b"access-control-request-headers", b"content-type,x-client-token"),
     ]
-    response = edge.head("OPTIONS", asked, PEER)
+    response = edge.head("OPTIONS", dict(asked), PEER)
     assert isinstance(response, Response)
     return response
 

@@ -120,7 +120,7 @@ def test_relays_with_one_token_share_digests_and_others_do_not() -> None:
             digests=make_digests(made),
             policy=make_policy(made, EMPTY),
         )
-        head = edge.head("POST", [(b"origin", b"https://shop.example")], "192.0.2.1")
+        head = edge.head("POST", {b"origin": b"https://shop.example"}, "192.0.2.1")
         assert isinstance(head, Head)
         return head.address
 

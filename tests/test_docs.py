@@ -397,6 +397,7 @@ _REASON_AT = {
     "Invalid": (0, "400"),
     "_named": (1, "400"),
     "_problem": (4, ""),
+    "Fault": (2, ""),
     "_document": (3, "*"),
     "unavailable": (1, "503"),
     "QueueUnavailable": (0, "503"),
@@ -415,12 +416,13 @@ def reasons_in_sources() -> dict[str, str]:
     for part in ("loyalty", "referral"):  # a loop of policy.py over both
         found[part] = "403"
     found |= dict.fromkeys(_METADATA_REASONS, "403")
-    modules = ("edge", "events", "endpoints", "queue", "admission", "policy", "signing")
-    for tree in trees(*modules):
+    deciding = ("edge", "forms", "events", "policy", "signing")
+    for tree in trees(*deciding, "endpoints", "queue", "admission"):
         for name, call in calls(tree):
             if name in _REASON_AT and len(call.args) > _REASON_AT[name][0]:
                 place, status = _REASON_AT[name]
-                code = status or str(cast("ast.Constant", call.args[2]).value)
+                told = call.args[{"_problem": 2, "Fault": 0}.get(name, 0)]
+                code = status or str(cast("ast.Constant", told).value)
                 found |= dict.fromkeys(texts(call.args[place]), code)
             if name == "Refused" and len(call.args) > 1:
                 found |= dict.fromkeys(texts(call.args[1]), "202")  # dropped

@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from relay.addresses import TrustedProxies
-from relay.answers import Beacons, Dialect, Header, Official, Response
+from relay.answers import Beacons, Dialect, Official, Response
 from relay.catalog import EMPTY, Catalog, parse_catalog
 from relay.digests import Digests
 from relay.edge import (
@@ -25,6 +25,7 @@ from relay.edge import (
     inflate,
 )
 from relay.events import Invalid
+from relay.headers import Header, fields_of
 from relay.limits import parse_limits
 from relay.origins import AllowedOrigins
 from relay.outcomes import Outcome
@@ -73,7 +74,7 @@ def judge(
     edge: Edge = EDGE,
 ) -> Head | Response:
     origins = [] if origin is None else [(b"origin", origin)]
-    return edge.head(method, [*origins, *headers], peer)
+    return edge.head(method, fields_of([*origins, *headers]), peer)
 
 
 def accepted(*headers: Header, **how: object) -> Head:
@@ -200,7 +201,7 @@ def test_no_origin_is_told_apart_from_a_wrong_one(method: str) -> None:
 def test_no_origin_is_taken_where_the_operator_says_so() -> None:
     edge = make(allow_no_origin=True)
     head = accepted(origin=None, edge=edge)
-    assert head.cors == ((b"vary", b"Origin"),)
+    assert head.form.cors.pairs == ((b"vary", b"Origin"),)
     assert refused(origin=b"null", edge=edge).status == 403
 
 
@@ -208,7 +209,7 @@ def test_no_origin_is_taken_where_the_operator_says_so() -> None:
     "origin", [SHOP, b"https://a.shop.example", b"https://a.b.shop.example"]
 )
 def test_an_allowed_origin_is_echoed_exactly(origin: bytes) -> None:
-    cors = dict(accepted(origin=origin).cors)
+    cors = dict(accepted(origin=origin).form.cors.pairs)
     assert cors[b"access-control-allow-origin"] == origin
     assert cors[b"access-control-allow-credentials"] == b"true"
     assert cors[b"vary"] == b"Origin"
@@ -297,7 +298,7 @@ def test_any_other_coding_is_told_the_right_one(value: bytes) -> None:
     ],
 )
 def test_gzip_has_two_names(value: bytes, packed: bool) -> None:
-    assert accepted((b"content-encoding", value)).gzip is packed
+    assert accepted((b"content-encoding", value)).form.gzip is packed
 
 
 @pytest.mark.parametrize(
@@ -474,7 +475,7 @@ def test_a_request_id_is_taken_over_from_a_trusted_proxy_alone(
 ) -> None:
     header = (b"x-request-id", asked)
     assert (accepted(header, peer=peer).request_id == asked) is taken
-    elsewhere = EDGE.elsewhere([header], 404, "Not Found.", peer)
+    elsewhere = EDGE.elsewhere(dict([header]), 404, "Not Found.", peer)
     assert (fields(elsewhere)["x-request-id"].encode() == asked) is taken
 
 
@@ -724,7 +725,7 @@ def test_where_nothing_is_enforced_no_limit_is_told(limits: str) -> None:
 
 @pytest.mark.parametrize("status", [404, 405])
 def test_what_is_not_a_limited_route_tells_no_limits(status: int) -> None:
-    response = EDGE.elsewhere([(b"origin", SHOP)], status, "No.")
+    response = EDGE.elsewhere({b"origin": SHOP}, status, "No.")
     assert document(response)["reason"] in ("path", "method")
     assert not [name for name in fields(response) if name.startswith("ratelimit")]
 
@@ -732,7 +733,7 @@ def test_what_is_not_a_limited_route_tells_no_limits(status: int) -> None:
 def test_an_answer_elsewhere_echoes_one_allowed_origin_only() -> None:
     def echoed(*origins: bytes) -> str | None:
         headers = [(b"origin", origin) for origin in origins]
-        told = fields(EDGE.elsewhere(headers, 404, "No."))
+        told = fields(EDGE.elsewhere(fields_of(headers), 404, "No."))
         assert told["vary"] == "Origin"
         return told.get("access-control-allow-origin")
 
@@ -759,7 +760,7 @@ def every_answer() -> list[Response]:
         EDGE.answer(admission, [QUEUED, LIMITED], (0, 1, 1)),
         EDGE.answer(admission, [LIMITED, LIMITED], (0, 0, 1)),
         EDGE.unavailable(admission, "draining", "Soon.", 1),
-        EDGE.elsewhere([(b"origin", SHOP)], 404, "No."),
+        EDGE.elsewhere({b"origin": SHOP}, 404, "No."),
     ]
 
 
@@ -840,7 +841,7 @@ def test_any_request_has_an_answer_of_the_documented_kind(
     method: str, headers: list[Header], peer: str | None, body: bytes, fates: list[Fate]
 ) -> None:
     edge = make(allow_no_origin=True)
-    judged = edge.head(method, headers, peer)
+    judged = edge.head(method, fields_of(headers), peer)
     response = judged if isinstance(judged, Response) else None
     if isinstance(judged, Head):
         admission = edge.body(judged, body, now=0)

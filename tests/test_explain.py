@@ -138,7 +138,7 @@ def decided(
         policy=make_policy(settings, make_catalog(settings).catalog),
         dialect=DIALECTS[request.route](),
     )
-    sent = [(n.encode(), v.encode()) for n, v in headers(request, body).items()]
+    sent = {n.encode(): v.encode() for n, v in headers(request, body).items()}
     head = edge.head("POST", sent, "198.51.100.7")
     judged = edge.body(head, body, now=NOW) if isinstance(head, Head) else head
     if isinstance(judged, Response):

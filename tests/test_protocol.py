@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import cast
@@ -13,6 +13,7 @@ from uvicorn._types import ASGIApplication
 
 from relay.answers import Response
 from relay.endpoints import Track
+from relay.headers import Fields
 from relay.protocol import BeaconProtocol
 from tests.support import eventually, serve
 
@@ -45,12 +46,12 @@ class App:
 
     def take(
         self,
-        headers: Iterable[tuple[bytes, bytes]],
+        fields: Fields,
         peer: str | None,
         body: bytes,
         answer: Callable[[Response], None],
     ) -> None:
-        assert (b"host", b"x") in list(headers)
+        assert fields[b"host"] == b"x"
         assert peer == "127.0.0.1"
         self.seen.append(("short", body))
         if self.at_once > 0:
@@ -59,10 +60,8 @@ class App:
         else:
             self.held.append(answer)
 
-    def too_slow(
-        self, headers: Iterable[tuple[bytes, bytes]], peer: str | None
-    ) -> Response:
-        del headers, peer
+    def too_slow(self, fields: Fields, peer: str | None) -> Response:
+        del fields, peer
         return Response(408, [(b"connection", b"close"), (b"content-length", b"0")])
 
 
