@@ -590,6 +590,15 @@ class Queue:
         """Erase what limits and the comparison of ids keep under these digests."""
         wanted = {digest.encode() for digest in digests}
         erased = 0
+        if not wanted:
+            return 0
+        dimension = "customer"
+        for key in (
+            f"{self.prefix}:limit:{dimension}",
+            f"{self.prefix}:limit:{dimension}:before",
+        ):
+            async with self._asking():
+                erased += await self._ops.hdel(key, *wanted)
         # Of the whole server, since Redis cannot look for keys in another way; in
         # steps, so that others come between.
         pattern = re.sub(r"([\\*?\[\]])", r"\\\1", self.prefix) + ":*"

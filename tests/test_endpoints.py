@@ -435,9 +435,6 @@ async def test_retry_after_is_never_earlier_than_the_wait(start: Start) -> None:
     wait = int(second.headers["retry-after"])
     assert 1 <= wait <= 2
     assert second.headers["access-control-allow-origin"] == SHOP
-    [key] = await relay.bench.client.keys(f"{relay.bench.queue.prefix}:rl:ip:*")
-    # The key lives until the limit is whole again, which is the wait here.
-    assert await relay.bench.client.pttl(key) <= wait * 1000
     await relay.counted(received=2, rate_limited=1)
 
 

@@ -3,6 +3,8 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from secrets import token_hex
+from typing import cast
 
 import pytest
 import redis.asyncio
@@ -109,6 +111,61 @@ async def test_a_limit_admits_its_burst_then_its_rate(make: Make) -> None:
     await bench.clock.pass_ms(1)
     assert await bench.codes(event()) == [QUEUED]
     assert await bench.codes(event(), ip="another") == [QUEUED]
+
+
+async def test_a_limit_holds_when_its_hash_becomes_the_one_before(make: Make) -> None:
+    bench = await make(limits="customer=2/1h burst 2")
+    span_ms = 3_605_000  # as long as a time can matter, and 5 s
+    key = f"{bench.queue.prefix}:limit:customer"
+
+    async def fields(of: str) -> set[str]:
+        names = cast("list[bytes]", await bench.client.hkeys(of))
+        return {name.decode() for name in names} - {""}
+
+    assert await bench.codes(event(customer="first")) == [QUEUED]
+    await bench.clock.pass_ms(span_ms - 1_000)
+    twice = [event(customer="late") for _ in range(2)]
+    assert await bench.codes(*twice) == [QUEUED] * 2
+    assert await fields(key) == {"first", "late"}
+    assert await bench.client.pttl(key) > span_ms
+    await bench.clock.pass_ms(1_000)
+    assert await bench.codes(event(customer="next")) == [QUEUED]
+    assert await fields(key) == {"next"}
+    assert await fields(f"{key}:before") == {"first", "late"}
+    # Half an hour for one, and it has had two a second ago.
+    assert await bench.codes(event(customer="late")) == [LIMITED]
+    await bench.clock.pass_ms(1_799_000)
+    assert await bench.codes(event(customer="late"), event(customer="late")) == [
+        QUEUED,
+        LIMITED,
+    ]
+    assert await fields(key) == {"next", "late"}
+    await bench.clock.pass_ms(span_ms)
+    assert await bench.codes(event(customer="next")) == [QUEUED]
+    assert await fields(f"{key}:before") == {"next", "late"}
+
+
+async def test_a_limit_that_refuses_writes_nothing(make: Make) -> None:
+    bench = await make(limits="ip=1/1h burst 1")
+    await bench.take(event())
+    key = f"{bench.queue.prefix}:limit:ip"
+    before = await bench.client.hgetall(key)
+    assert len(before) == 2
+    await bench.clock.pass_ms(1_000)
+    assert await bench.codes(event(), event()) == [LIMITED] * 2
+    assert await bench.client.hgetall(key) == before
+
+
+async def test_a_limit_is_begun_anew_by_a_clock_that_steps_back(make: Make) -> None:
+    bench = await make(limits="ip=1/1m burst 1")
+    assert await bench.codes(event()) == [QUEUED]
+    await bench.clock.pass_ms(-3_600_000)
+    # Not for an hour more, but for a minute and 5 s.
+    assert (await bench.take(event())).codes == [LIMITED, 65_000_000]
+    await bench.clock.pass_ms(65_000)
+    assert await bench.codes(event()) == [QUEUED]
+    since = await bench.client.hget(f"{bench.queue.prefix}:limit:ip", "")
+    assert int(since or 0) <= bench.clock.us // 1000
 
 
 async def test_several_limits_charge_all_or_none(make: Make) -> None:
@@ -221,7 +278,9 @@ async def test_a_long_name_is_counted_under_a_short_one(make: Make) -> None:
     assert all(len(name.encode()) <= 64 + 9 + len("event::received") for name in names)
 
 
-COST = st.tuples(st.integers(0, 3_000_000), st.integers(1, 4), st.integers(1, 4))
+# Now and then long enough for a limit's hash to become the one before.
+PAUSE = st.one_of(st.integers(0, 3_000_000), st.integers(0, 90_000_000))
+COST = st.tuples(PAUSE, st.integers(1, 4), st.integers(1, 4))
 
 
 @settings(
@@ -244,7 +303,7 @@ async def test_lua_and_the_reference_gcra_decide_alike(
             ("ip", "customer", "site"), quotas, strict=False
         )
     )
-    prefix = f"gcra-{abs(hash((limits, tuple(steps)))):x}"
+    prefix = f"gcra-{token_hex(8)}"
     queue = Queue(url=valkey_url, prefix=prefix, limits=limits, scripts=SIMULATED)
     clock = Clock(valkey_url, prefix)
     model = Gcra(limits)

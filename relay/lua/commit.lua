@@ -20,8 +20,9 @@
 --       1 duplicate, 2 no room, 3+d over limit d (from 0), -1 queued in the place of
 --       one that waited (coalesced), -2 its token is used up, -3 over the event's own limit. "STALE" for a straggler.
 local SLOT_MS = 3600000  -- longer than any relay goes on trying one commit
-local MADE_ID_MS = 120000  -- how long an id of the relay's own making is known
+local MADE_ID_MS = '120000'  -- how long an id of the relay's own making is known
 local RATE_CLAMP_US = 5000000  -- a clock that stepped back blocks nobody for longer
+local MOST_ARGS = 4000  -- unpack has a limit near 8,000
 
 local slot, seq = P .. ':commit:' .. ARGV[1], tonumber(ARGV[2])
 local last = call('GET', slot)
@@ -34,33 +35,70 @@ end
 local settings = cmsgpack.unpack(ARGV[3])
 local requests = cmsgpack.unpack(ARGV[4])
 local dims = settings[3]
+local dedupe_ms = string.format('%d', settings[2])  -- text, for a number is made one
 
--- One read for every limit that this batch touches.
-local function rate_key(dim, ip, customer)
-  if dim == 'ip' then return P .. ':rl:ip:' .. ip end
-  if dim == 'customer' then return P .. ':rl:customer:' .. customer end
-  return P .. ':rl:' .. dim
+-- A limit's arrival times are a hash by whom it counts, which costs a third of a key
+-- for each. It has no end for each either: when it is as old as a time can matter, it
+-- becomes the one before, which is read as well, and that one goes.
+local function limit_key(d) return P .. ':limit:' .. dims[d][1] end
+local function limit_before(d) return P .. ':limit:' .. dims[d][1] .. ':before' end
+local function whom(d, ip, customer)
+  if dims[d][1] == 'ip' then return ip end
+  if dims[d][1] == 'customer' then return customer end
+  return 'all'
 end
-local keys, index = {}, {}
-for _, request in ipairs(requests) do
-  for _, event in ipairs(request[2]) do
-    for d = 1, #dims do
-      local key = rate_key(dims[d][1], request[1], event[3])
-      if not index[key] then keys[#keys + 1] = key; index[key] = d end
+local tat, dirty = {}, {}  -- by limit, then by whom
+for d = 1, #dims do
+  local names, known, changed = {}, {}, {}
+  for _, request in ipairs(requests) do
+    for _, event in ipairs(request[2]) do
+      local name = whom(d, request[1], event[3])
+      if not known[name] then names[#names + 1] = name; known[name] = now_us end
     end
   end
-end
-local tat, dirty = {}, {}
-for from = 1, #keys, 4000 do  -- unpack has a limit near 8,000
-  local part = {unpack(keys, from, math.min(from + 3999, #keys))}
-  for i, value in ipairs(call('MGET', unpack(part))) do
-    local key = part[i]
-    local longest = now_us + dims[index[key]][3] + RATE_CLAMP_US
-    local stored = tonumber(value or 0) or 0
-    tat[key] = math.min(math.max(stored, now_us), longest)
-    -- Kept, or the next look would meet the same far time again.
-    if stored > longest then dirty[key] = true end
+  local longest = now_us + dims[d][3] + RATE_CLAMP_US
+  for from = 1, #names, MOST_ARGS do
+    local to = math.min(from + MOST_ARGS - 1, #names)
+    local young = call('HMGET', limit_key(d), unpack(names, from, to))
+    local old = call('HMGET', limit_before(d), unpack(names, from, to))
+    for i = from, to do
+      local name, value = names[i], young[i - from + 1] or old[i - from + 1]
+      local stored = value and tonumber(value) or 0
+      if stored > longest then  -- kept so, or the next look would meet it again
+        known[name], changed[name] = longest, true
+      elseif stored > now_us then
+        known[name] = stored
+      end
+    end
   end
+  tat[d], dirty[d] = known, changed
+end
+-- Where times are written: in a hash that was begun no longer ago than they can matter.
+local function begin_limit(d)
+  local key = limit_key(d)
+  local span_ms = math.ceil((dims[d][3] + RATE_CLAMP_US) / 1000)
+  local since = tonumber(call('HGET', key, '') or now_ms - span_ms)
+  if since <= now_ms and now_ms - since < span_ms then return key end
+  if since <= now_ms and call('EXISTS', key) == 1 then
+    call('UNLINK', limit_before(d))
+    call('RENAME', key, limit_before(d))
+  end
+  call('HSET', key, '', now_ms)
+  call('PEXPIRE', key, 2 * span_ms)
+  return key
+end
+local function write_limit(d)
+  if not next(dirty[d]) then return end
+  local key, fields = begin_limit(d), {}
+  for name in pairs(dirty[d]) do
+    fields[#fields + 1] = name
+    fields[#fields + 1] = string.format('%d', tat[d][name])
+    if #fields >= MOST_ARGS then
+      call('HSET', key, unpack(fields))
+      fields = {}
+    end
+  end
+  if #fields > 0 then call('HSET', key, unpack(fields)) end
 end
 
 local room = room_of(settings[1])
@@ -152,8 +190,7 @@ local function admit(request_ip, event)
   if room <= 0 then note('no_room', 1) return 2, 0 end
   local wait, refuser = 0, 0
   for d = 1, #dims do
-    local key = rate_key(dims[d][1], request_ip, customer)
-    local over = tat[key] + dims[d][2] - now_us - dims[d][3]
+    local over = tat[d][whom(d, request_ip, customer)] + dims[d][2] - now_us - dims[d][3]
     if over > 0 and dims[d][4] then
       note('would_refuse:' .. dims[d][1], 1)
     elseif over > wait then
@@ -167,7 +204,7 @@ local function admit(request_ip, event)
     return 2 + refuser, wait
   end
   local seen = P .. ':seen:' .. customer .. ':' .. id_digest(id)  -- another's is not taken
-  local seen_ms = given and settings[2] or MADE_ID_MS
+  local seen_ms = given and dedupe_ms or MADE_ID_MS
   local charges, place, kept = {}, nil, nil
   if special then
     -- Before what it may have used up itself: who sends an event again because the
@@ -204,10 +241,10 @@ local function admit(request_ip, event)
   end
   for _, charge in ipairs(charges) do charge() end
   for d = 1, #dims do
-    local key = rate_key(dims[d][1], request_ip, customer)
-    if tat[key] + dims[d][2] - now_us <= dims[d][3] then  -- not over: charged
-      tat[key] = tat[key] + dims[d][2]
-      dirty[key] = true
+    local name = whom(d, request_ip, customer)
+    local charged = tat[d][name] + dims[d][2]
+    if charged - now_us <= dims[d][3] then  -- not over
+      tat[d][name], dirty[d][name] = charged, true
     end
   end
   if place then
@@ -224,7 +261,7 @@ local function tightest(request)
   local first = request[2][1]
   for d = 1, #dims do
     if not dims[d][4] then
-      local free = now_us + dims[d][3] - tat[rate_key(dims[d][1], request[1], first[3])]
+      local free = now_us + dims[d][3] - tat[d][whom(d, request[1], first[3])]
       local left = math.max(0, math.floor(free / dims[d][2]))
       if which < 0 or left < least then
         local full = left * dims[d][2] >= dims[d][3]
@@ -246,9 +283,7 @@ for r, request in ipairs(requests) do
   local which, least, reset = tightest(request)
   reply[r] = {which, least, reset, codes}
 end
-for key in pairs(dirty) do
-  call('SET', key, tat[key], 'PX', math.ceil((tat[key] - now_us) / 1000))
-end
+for d = 1, #dims do write_limit(d) end
 local browser_day = P .. ':browser:' .. string.sub(stamp(tonumber(clock[1])), 1, 8)
 for _, refusal in ipairs(cmsgpack.unpack(ARGV[5])) do
   local outcome, reason, name, n = unpack(refusal)
