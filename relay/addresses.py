@@ -114,6 +114,11 @@ def client_address(
     """
     client = None
     if forwarded_for and trusted.trusts(peer):
+        if len(forwarded_for) == 1 and isinstance(alone := forwarded_for[0], bytes):
+            # What one proxy says: an address, which needs no more than this look.
+            text = alone.decode("latin-1")
+            if _plain_v4(text) and not trusted.trusts_canonical(text):
+                return text
         for entry in _from_the_right(forwarded_for):
             address = _canonical(entry)
             if address is None:  # Whoever wrote it, nothing left can be believed.
@@ -179,9 +184,6 @@ def _runs(network: IPv4Network) -> Iterable[str]:
 
 
 def _from_the_right(lines: Sequence[bytes | str]) -> list[str]:
-    if len(lines) == 1 and isinstance(lines[0], bytes) and b"," not in lines[0]:
-        alone = lines[0].strip(b" \t")  # as most are
-        return [alone[: MAX_ENTRY + 1].decode("latin-1")] if alone else []
     texts = [x.decode("latin-1") if isinstance(x, bytes) else x for x in lines]
     # RFC 9110, 5.3: several lines are one list. One more split than is read, so that
     # the unsplit rest is never an entry.

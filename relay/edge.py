@@ -61,6 +61,9 @@ class Fate:
     outcome: dict[str, object] | None = None  # known by now: Prefer: wait
 
 
+TAKEN = Fate(status="queued")
+
+
 class Head(Struct, gc=False):
     """What the headers of an acceptable request say.
 
@@ -86,6 +89,11 @@ class Admitted(Struct, gc=False):
     several: bool
     said: Event | None = None  # the last one, for answers that repeat it
     report: dict[str, int] | None = None  # the snippet's
+
+    @property
+    def alone(self) -> bool:
+        """Whether an answer has one event to tell of, and nothing else."""
+        return not self.refused and self.report is None and not self.head.wait_s
 
     @property
     def request(self) -> tuple[str, list[Queueable]]:
@@ -286,12 +294,14 @@ class Edge:
         `limit` is the tightest one: its index, what is left, microseconds until more.
         """
         head, refused = admitted.head, admitted.refused
+        if len(fates) == 1 and fates[0] is TAKEN and admitted.alone and limit:
+            return self._taken(admitted, *limit)
         entries = list(map(_entry, admitted.events, fates))
         if refused:
             for place in sorted(refused):
                 entries.insert(place, self._refused_entry(refused[place]))
         statuses = list(map(_STATUS, entries))
-        own = [] if limit is None or limit[0] < 0 else [self._tightest(*limit)]
+        own = [self._tightest(*limit)] if limit and limit[0] >= 0 else []
         if head.wait_s:
             own.append((b"preference-applied", b"wait=%d" % head.wait_s))
         if not DONE.issuperset(statuses):
@@ -315,6 +325,19 @@ class Edge:
             ]
         if admitted.report is not None:
             response.browser = counts(head.agent, admitted.report, statuses)
+        return response
+
+    def _taken(
+        self, admitted: Admitted, which: int, left: int, reset_us: int
+    ) -> Response:
+        """The answer that nearly all get, with nothing looked at that they lack."""
+        head = admitted.head
+        status, body = self._dialect.take(admitted.events[0][0], admitted.said)
+        own = [(b"x-request-id", head.request_id)]
+        if which >= 0:
+            own.append(self._tightest(which, left, reset_us))
+        response = Response(status, own, body, head.form.accepted)
+        response.notes = head.sender.notes
         return response
 
     def unavailable(

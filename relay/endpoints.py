@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from relay.admission import Admission
 from relay.answers import Response
-from relay.edge import MAX_BODY_BYTES, Admitted, Edge, Fate, Head
+from relay.edge import MAX_BODY_BYTES, TAKEN, Admitted, Edge, Fate, Head
 from relay.errors import QueueUnavailable
 from relay.headers import Fields, fields_of
 from relay.limits import Limit
@@ -51,7 +51,6 @@ MAX_DISCARDED_BYTES = 1024 * 1024
 log = structlog.get_logger()
 
 _CLOSE = (b"connection", b"close")
-_QUEUED = Fate(status="queued")
 _DUPLICATE = Fate(status="duplicate")
 _COALESCED = Fate(status="coalesced")
 _USED_UP = Fate(
@@ -67,7 +66,7 @@ _NO_ROOM = Fate(
 )
 # By the codes of the commit script; the others are limits.
 _FATES = {
-    QUEUED: _QUEUED,
+    QUEUED: TAKEN,
     DUPLICATE: _DUPLICATE,
     COALESCED: _COALESCED,
     USED_UP: _USED_UP,
@@ -378,7 +377,7 @@ class Track:
         told = list(fates)
         try:
             for place, event in enumerate(admitted.events):
-                if fates[place] in (_QUEUED, _COALESCED):
+                if fates[place] in (TAKEN, _COALESCED):
                     # Of those behind a slow one too: what is known by now is told.
                     left = max(until - loop.time(), LAST_LOOK_S)
                     outcome = await self._outcomes.outcome(event, left)

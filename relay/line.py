@@ -1,24 +1,85 @@
 """Connections to Redis for the calls that every beacon and every delivery waits for.
 
-redis-py's own connections, with all that they know (TLS, passwords, unix sockets), but
-without its pool and its timers: those cost more than the call. Each connection has one
-call at a time; as many are kept as were ever needed at once.
+redis-py makes them, with all that it knows (TLS, passwords, unix sockets); then they
+are read and written here with hiredis, for its streams, pool and timers cost more than
+the call. Each connection has one call at a time; as many are kept as were ever needed
+at once.
 """
 
 import asyncio
-import math
 from typing import cast
 
+import hiredis
 import redis.exceptions as broken
+from redis._parsers.base import BaseParser
 from redis.asyncio import Redis
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+_MORE = object()  # for an answer whose rest is still to come
+
 
 def is_reset(error: RuntimeError) -> bool:
     """Whether a connection was reset, for which uvloop has no other exception."""
     return "the handler is closed" in str(error)
+
+
+class _Wire(asyncio.Protocol):
+    """One connection, with one call at a time."""
+
+    def __init__(self, made: AbstractConnection) -> None:
+        self._made = made  # which would close it if it were let go
+        assert made._writer is not None  # noqa: S101  # it has just been connected
+        self._transport = cast("asyncio.Transport", made._writer.transport)
+        self._transport.set_protocol(self)
+        self.loop = asyncio.get_running_loop()  # a call of the system, each time
+        self._reader = hiredis.Reader(
+            protocolError=broken.InvalidResponse,
+            replyError=BaseParser.parse_error,
+            notEnoughData=_MORE,
+        )
+        self._answer: asyncio.Future[object] | None = None
+        self.lost = False
+
+    def ask(self, command: bytes) -> asyncio.Future[object]:
+        """Send a command, and give what will be said to it."""
+        self._answer = self.loop.create_future()
+        self._transport.write(command)
+        return self._answer
+
+    def fail(self, error: Exception) -> None:
+        """End the call that waits, if one does."""
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(error)
+
+    def give_up(self) -> None:
+        self.fail(broken.TimeoutError("no answer in time"))
+
+    async def close(self) -> None:
+        self.lost = True
+        await self._made.disconnect(nowait=True)
+
+    def data_received(self, data: bytes) -> None:
+        self._reader.feed(data)
+        try:
+            said = self._reader.gets()
+        except broken.InvalidResponse as error:
+            said = error
+        if said is _MORE:
+            return
+        if self._answer is None or self._answer.done():
+            # To nothing that was asked: what comes next could be taken for an answer.
+            self.lost = True
+            self._transport.abort()
+        elif isinstance(said, Exception):
+            self._answer.set_exception(said)
+        else:
+            self._answer.set_result(said)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.lost = True
+        self.fail(broken.ConnectionError(f"the connection ended: {exc or 'closed'}"))
 
 
 class Line:
@@ -28,48 +89,62 @@ class Line:
         self._timeout = timeout  # seconds for a whole call
         self._client = Redis.from_url(
             url,
-            # One timer for the call in place of one for each half of it.
-            socket_timeout=None,
+            socket_timeout=timeout,
             socket_connect_timeout=min(timeout, 2.0),
             retry=Retry(NoBackoff(), 0),
             retry_on_error=[],
             client_name="relay",
+            protocol=2,  # in which a server says nothing unasked
         )
-        self._idle: list[AbstractConnection] = []
+        self._idle: list[_Wire] = []
 
     async def call(self, *command: str | bytes | int) -> object:
         """Send a command, and give what Redis says, bytes undecoded."""
-        line = self._idle.pop() if self._idle else self._made()
+        wire = self._idle.pop() if self._idle else await self._connected()
+        while wire.lost:  # before anything was sent
+            await wire.close()
+            wire = self._idle.pop() if self._idle else await self._connected()
+        packed = hiredis.pack_command(command)  # type: ignore[arg-type]  # any length
+        timer = wire.loop.call_later(self._timeout, wire.give_up)
         try:
-            async with asyncio.timeout(self._timeout):
-                # Connects if it must: at first, and after anything went wrong.
-                await line.send_packed_command(
-                    line.pack_command(*command), check_health=False
-                )
-                said = await line.read_response(disable_decoding=True, timeout=math.inf)
-        except TimeoutError:
-            await line.disconnect(nowait=True)  # its answer would be the next one's
-            raise broken.TimeoutError("no answer in time") from None
+            said = await wire.ask(packed)
+        except broken.ResponseError:
+            self._idle.append(wire)  # an answer, too
+            raise
         except RuntimeError as error:
-            await line.disconnect(nowait=True)
+            await wire.close()
             if is_reset(error):
                 raise broken.ConnectionError(str(error)) from error
             raise
-        except broken.ResponseError:
-            self._idle.append(line)  # an answer, too
-            raise
         except BaseException:
-            await line.disconnect(nowait=True)
+            await wire.close()  # its answer would be the next one's
             raise
-        self._idle.append(line)
+        finally:
+            timer.cancel()
+        self._idle.append(wire)
         return said
 
     async def aclose(self) -> None:
         """Close what is idle; nobody may be calling any more."""
         while self._idle:
-            await self._idle.pop().disconnect()
+            await self._idle.pop().close()
         await self._client.aclose()
 
-    def _made(self) -> AbstractConnection:
+    async def _connected(self) -> _Wire:
         pool = self._client.connection_pool
-        return cast("AbstractConnection", pool.make_connection())  # type: ignore[no-untyped-call]  # redis-py's
+        made = cast("AbstractConnection", pool.make_connection())  # type: ignore[no-untyped-call]  # redis-py's
+        try:
+            async with asyncio.timeout(self._timeout):
+                await made.connect()  # type: ignore[no-untyped-call]  # redis-py's
+        except TimeoutError:
+            await made.disconnect(nowait=True)
+            raise broken.TimeoutError("not connected in time") from None
+        except RuntimeError as error:
+            await made.disconnect(nowait=True)
+            if is_reset(error):
+                raise broken.ConnectionError(str(error)) from error
+            raise
+        except BaseException:
+            await made.disconnect(nowait=True)
+            raise
+        return _Wire(made)

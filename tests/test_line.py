@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import cast
 
 import pytest
 import redis.exceptions as broken
@@ -63,11 +64,61 @@ async def test_a_connection_that_was_cut_is_made_anew(
     await line.call("ECHO", "x")
     number = await line.call("CLIENT", "ID")
     killer = Line(redis_url, timeout=5.0)
+    [kept] = line._idle
     assert await killer.call("CLIENT", "KILL", "ID", str(number)) == 1
-    await killer.aclose()
+
+    async def noticed() -> bool:
+        return kept.lost
+
+    await eventually(noticed)
+    # Nothing has been sent there, so nobody need know.
+    assert await line.call("ECHO", "y") == b"y"
+    assert kept not in line._idle
+    # But of what was sent nobody can say what became.
+    number = await line.call("CLIENT", "ID")
+    waiting = asyncio.create_task(line.call("BLPOP", "nothing-comes-here", 5))
+
+    async def blocked() -> bool:
+        told = cast("bytes", await killer.call("CLIENT", "LIST", "ID", str(number)))
+        return b"cmd=blpop" in told
+
+    await eventually(blocked)
+    assert await killer.call("CLIENT", "KILL", "ID", str(number)) == 1
     with pytest.raises(broken.ConnectionError):
-        await line.call("ECHO", "y")
+        await waiting
+    assert line._idle == []
     assert await line.call("ECHO", "z") == b"z"
+    await killer.aclose()
+
+
+async def test_what_is_said_unasked_is_no_answer(line: Line) -> None:
+    await line.call("PING")
+    [kept] = line._idle
+    kept.data_received(b"+OK\r\n")
+    assert await line.call("ECHO", "x") == b"x"
+    assert kept not in line._idle
+
+
+async def test_what_is_no_protocol_is_said_so(line: Line) -> None:
+    await line.call("PING")
+    [kept] = line._idle
+    asked = asyncio.create_task(line.call("BLPOP", "nothing-comes-here", 5))
+    await asyncio.sleep(0)
+    kept.data_received(b"HTTP/1.1 400 Bad Request\r\n")
+    with pytest.raises(broken.InvalidResponse):
+        await asked
+    assert line._idle == []
+
+
+async def test_an_answer_may_come_in_pieces(line: Line) -> None:
+    await line.call("PING")
+    [kept] = line._idle
+    asked = asyncio.create_task(line.call("BLPOP", "nothing-comes-here", 5))
+    await asyncio.sleep(0)
+    for piece in (b"$5", b"\r\nhe", b"llo", b"\r\n"):
+        assert not asked.done()
+        kept.data_received(piece)
+    assert await asked == b"hello"
 
 
 async def test_nobody_there_is_said_so() -> None:
@@ -86,15 +137,7 @@ def test_a_reset_connection_is_a_failure_to_connect_on_uvloop_too(
         line = Line(valkey_url, timeout=5.0)
         await line.call("PING")
         [kept] = line._idle
-        reader, writer = kept._reader, kept._writer
-        assert reader is not None
-        assert writer is not None
-        writer.transport.abort()
-
-        async def ended() -> bool:
-            return reader.at_eof()
-
-        await eventually(ended)
+        kept._transport.abort()
         with pytest.raises(broken.ConnectionError):
             await line.call("PING")
         assert await line.call("PING") == b"PONG"
