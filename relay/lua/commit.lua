@@ -205,7 +205,7 @@ local function admit(request_ip, event)
   end
   local seen = P .. ':seen:' .. customer .. ':' .. id_digest(id)  -- another's is not taken
   local seen_ms = given and dedupe_ms or MADE_ID_MS
-  local charges, place, kept = {}, nil, nil
+  local charges, place, kept
   if special then
     -- Before what it may have used up itself: who sends an event again because the
     -- answer was lost must not hear that its token is spent.
@@ -239,7 +239,9 @@ local function admit(request_ip, event)
     count_event(name, 'duplicate', 1)
     return 1, 0
   end
-  for _, charge in ipairs(charges) do charge() end
+  if charges then
+    for _, charge in ipairs(charges) do charge() end
+  end
   for d = 1, #dims do
     local name = whom(d, request_ip, customer)
     local charged = tat[d][name] + dims[d][2]

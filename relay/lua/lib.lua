@@ -147,8 +147,9 @@ local function coalesce_key(event)
 end
 -- The id says when it was received, or when it died. After a step back of the clock it
 -- cannot, as ids never go back: then it is the last one plus one.
+local now_id = string.format('%d-*', now_ms)  -- once, for it is made for each event
 local function add(key, ...)
-  local added = redis.pcall('XADD', key, now_ms .. '-*', ...)
+  local added = redis.pcall('XADD', key, now_id, ...)
   if type(added) == 'table' then call('XADD', key, '*', ...) end
 end
 local function append(lane, ...) add(stream(lane), ...) end
