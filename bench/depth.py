@@ -78,7 +78,8 @@ def _memory(events: int, say: Say) -> Sample:
         store.flush()
         empty = store.memory()
         _fill_to(store, events)
-        taken = store.memory() - empty
+        passing = store.bytes_of_limits()
+        taken = store.memory() - empty - passing
         streams = store.bytes_of_queue()
         with relay(store, above.url) as served:
             time.sleep(5.0)  # it looks at the queue, writes gauges, delivers a little
@@ -86,12 +87,14 @@ def _memory(events: int, say: Say) -> Sample:
         counts = store.counts()
     say(
         f"{counts.waiting:,} wait: {taken / events:.0f} bytes each in Redis, "
-        f"{streams / events:.0f} of them the queue's; relay {idle_mb:.0f} MB, "
-        f"after load on an empty queue {before_mb:.0f} MB"
+        f"{streams / events:.0f} of them the queue's, {passing / events:.0f} on top "
+        f"for its limits; relay {idle_mb:.0f} MB, after load on an empty queue "
+        f"{before_mb:.0f} MB"
     )
     return {
         "redis_bytes_per_event": taken / events,
         "queue_bytes_per_event": streams / events,
+        "limit_bytes_per_event": passing / events,
         "relay_idle_mb": idle_mb,
         "relay_loaded_mb": before_mb,
     }

@@ -101,6 +101,7 @@ COLUMNS: dict[str, list[Column]] = {
         Column(title="relay MB", figure="relay_mb"),
         Column(title="Redis bytes an event", figure="redis_bytes_per_event"),
         Column(title="of them the queue's", figure="queue_bytes_per_event"),
+        Column(title="on top for a minute, limits'", figure="limit_bytes_per_event"),
         Column(title="idle relay MB", figure="relay_idle_mb"),
     ],
     "startup": [

@@ -10,7 +10,7 @@ three limits are evaluated for each event, and every check is on.
 import json
 import sys
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,8 +121,16 @@ class Store:
 
     def bytes_of_queue(self) -> int:
         """Bytes of the lanes themselves; ids, marks and counters are others."""
-        lanes = (f"{{relay}}:q:{lane}" for lane in ("high", "normal", "low"))
-        found = (self._client.memory_usage(lane, samples=0) for lane in lanes)
+        return self._bytes_of(f"q:{lane}" for lane in ("high", "normal", "low"))
+
+    def bytes_of_limits(self) -> int:
+        """Bytes of the limits' numbers, which pass: the default ones' in 70 s."""
+        names = [f"limit:{dimension}" for dimension in ("ip", "customer", "site")]
+        return self._bytes_of([*names, *(f"{name}:before" for name in names)])
+
+    def _bytes_of(self, names: Iterable[str]) -> int:
+        keys = [f"{{relay}}:{name}" for name in names]
+        found = [self._client.memory_usage(key, samples=0) for key in keys]
         return sum(int(n or 0) for n in found)
 
     def flush(self) -> None:

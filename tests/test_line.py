@@ -1,7 +1,11 @@
 """Connections for one call at a time: an answer is never another call's."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import socket
+import subprocess
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import cast
 
 import pytest
@@ -145,3 +149,58 @@ def test_a_reset_connection_is_a_failure_to_connect_on_uvloop_too(
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(reset())
+
+
+@pytest.mark.system("redis-server")
+@pytest.mark.system("openssl")
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_tls_passwords_and_databases_are_redis_pys(
+    tmp_path: Path, loop: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
+    made = "req -x509 -newkey rsa:2048 -nodes -keyout key -out cert -days 2 -subj /CN=x"
+    subprocess.run(
+        ["openssl", *made.split(), "-addext", "subjectAltName=IP:127.0.0.1"],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    asked = (
+        f"--port 0 --tls-port {port} --tls-cert-file cert --tls-key-file key "
+        "--tls-auth-clients no --requirepass a-password-of-the-test"
+    )
+    server = subprocess.Popen(
+        ["redis-server", *asked.split(), "--save", ""],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+    )
+
+    async def talk() -> None:
+        options = f"?ssl_ca_certs={tmp_path}/cert"
+        place = f"127.0.0.1:{port}/3{options}"
+        line = Line(f"rediss://:a-password-of-the-test@{place}", timeout=5.0)
+
+        async def there() -> bool:
+            with suppress(broken.ConnectionError):
+                return await line.call("PING") == b"PONG"
+            return False
+
+        await eventually(there)
+        large = b"x" * 1_000_000  # in many pieces
+        assert await line.call("SET", "large", large) == b"OK"
+        assert await line.call("GET", "large") == large
+        assert b" db=3 " in cast("bytes", await line.call("CLIENT", "INFO"))
+        await line.aclose()
+        stranger = Line(f"rediss://:another-password@{place}", timeout=5.0)
+        with pytest.raises(broken.AuthenticationError):
+            await stranger.call("PING")
+        await stranger.aclose()
+
+    try:
+        with asyncio.Runner(loop_factory=loop) as runner:
+            runner.run(talk())
+    finally:
+        server.terminate()
+        server.wait()
