@@ -18,6 +18,7 @@ from relay.digests import Digests
 from relay.edge import (
     MAX_BODY_BYTES,
     MAX_WAIT_S,
+    TAKEN,
     Admitted,
     Edge,
     Fate,
@@ -741,6 +742,24 @@ def test_an_answer_elsewhere_echoes_one_allowed_origin_only() -> None:
     assert echoed() is None
     assert echoed(b"null") is None
     assert echoed(SHOP, b"https://evil.example") is None
+
+
+@pytest.mark.parametrize("dialect", [Beacons(), Beacons(disabled=True), Official()])
+@pytest.mark.parametrize("limit", [(0, 7, 1_500_000), (-1, -1, 0)])
+@pytest.mark.parametrize("own_id", [True, False])
+def test_the_usual_answer_is_the_one_that_is_made_at_length(
+    dialect: Dialect, limit: tuple[int, int, int], own_id: bool
+) -> None:
+    edge = make(dialect=dialect)
+    head = accepted((b"content-type", b"application/json"), edge=edge)
+    event = EVENT | {"id": "a-Z_9"} if own_id else EVENT
+    admission = edge.body(head, json.dumps(event).encode(), now=0)
+    assert isinstance(admission, Admitted)
+    short = edge.answer(admission, [TAKEN], limit)
+    long = edge.answer(admission, [Fate(status="queued")], limit)  # equal, not the same
+    assert (short.status, short.body) == (long.status, long.body)
+    assert sorted(short.headers) == sorted(long.headers)
+    assert (short.refusals, short.notes) == (long.refusals, long.notes)
 
 
 def every_answer() -> list[Response]:
