@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
-from operator import attrgetter, itemgetter
 from secrets import token_hex
 
 from msgspec import Struct
@@ -93,7 +92,12 @@ class Admitted(Struct, gc=False):
     @property
     def alone(self) -> bool:
         """Whether an answer has one event to tell of, and nothing else."""
-        return not self.refused and self.report is None and not self.head.wait_s
+        return (
+            len(self.events) == 1
+            and not self.refused
+            and self.report is None
+            and not self.head.wait_s
+        )
 
     @property
     def request(self) -> tuple[str, list[Queueable]]:
@@ -296,16 +300,19 @@ class Edge:
         head, refused = admitted.head, admitted.refused
         if len(fates) == 1 and fates[0] is TAKEN and admitted.alone and limit:
             return self._taken(admitted, *limit)
-        entries = list(map(_entry, admitted.events, fates))
+        entries = [
+            _entry(event[0], fate)
+            for event, fate in zip(admitted.events, fates, strict=True)
+        ]
         if refused:
             for place in sorted(refused):
                 entries.insert(place, self._refused_entry(refused[place]))
-        statuses = list(map(_STATUS, entries))
+        statuses = [str(entry["status"]) for entry in entries]
         own = [self._tightest(*limit)] if limit and limit[0] >= 0 else []
         if head.wait_s:
             own.append((b"preference-applied", b"wait=%d" % head.wait_s))
         if not DONE.issuperset(statuses):
-            again = max(map(_RETRY_AFTER, fates), default=0)
+            again = max([fate.retry_after for fate in fates], default=0)
             own += [(b"retry-after", b"%d" % again)] if again else []
         if DONE.isdisjoint(statuses):
             always, status = head.form.cors, max(STATUS[said] for said in statuses)
@@ -476,11 +483,8 @@ class Edge:
         return Response(status, own, body, cors)
 
 
-_STATUS, _RETRY_AFTER = itemgetter("status"), attrgetter("retry_after")
-
-
-def _entry(event: Queueable, fate: Fate) -> Entry:
-    entry: Entry = {"id": event[0], "status": fate.status}
+def _entry(event_id: str, fate: Fate) -> Entry:
+    entry: Entry = {"id": event_id, "status": fate.status}
     if fate.reason:
         entry["reason"] = fate.reason
         entry["detail"] = fate.detail

@@ -762,6 +762,12 @@ def test_the_usual_answer_is_the_one_that_is_made_at_length(
     assert (short.refusals, short.notes) == (long.refusals, long.notes)
 
 
+@pytest.mark.parametrize("fates", [[TAKEN], [TAKEN] * 3])
+def test_no_event_goes_without_an_answer_of_its_own(fates: list[Fate]) -> None:
+    with pytest.raises(ValueError, match=r"shorter|longer"):
+        EDGE.answer(admitted([EVENT, EVENT]), fates, (0, 1, 1))
+
+
 def every_answer() -> list[Response]:
     head = accepted()
     admission = admitted([EVENT, EVENT])
