@@ -76,6 +76,9 @@ class _Wire(asyncio.Protocol):
             self._answer.set_exception(said)
         else:
             self._answer.set_result(said)
+        if self._reader.has_data():  # more than was asked for, and nobody's
+            self.lost = True
+            self._transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.lost = True
@@ -136,15 +139,11 @@ class Line:
         try:
             async with asyncio.timeout(self._timeout):
                 await made.connect()  # type: ignore[no-untyped-call]  # redis-py's
-        except TimeoutError:
+        except BaseException as error:  # a cancellation, too: nothing half made stays
             await made.disconnect(nowait=True)
-            raise broken.TimeoutError("not connected in time") from None
-        except RuntimeError as error:
-            await made.disconnect(nowait=True)
-            if is_reset(error):
+            if isinstance(error, TimeoutError):
+                raise broken.TimeoutError("not connected in time") from None
+            if isinstance(error, RuntimeError) and is_reset(error):
                 raise broken.ConnectionError(str(error)) from error
-            raise
-        except BaseException:
-            await made.disconnect(nowait=True)
             raise
         return _Wire(made)

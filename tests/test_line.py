@@ -12,7 +12,7 @@ import pytest
 import redis.exceptions as broken
 import uvloop
 
-from relay.line import Line
+from relay.line import Line, _Wire
 from tests.support import eventually
 
 pytestmark = pytest.mark.anyio
@@ -95,6 +95,28 @@ async def test_a_connection_that_was_cut_is_made_anew(
     await killer.aclose()
 
 
+async def asking(line: Line, wire: _Wire) -> asyncio.Task[object]:
+    """A call that has been sent on this connection, and waits."""
+    before = wire._answer
+    task = asyncio.create_task(line.call("BLPOP", "nothing-comes-here", 5))
+
+    async def sent() -> bool:
+        return wire._answer is not before
+
+    await eventually(sent)
+    return task
+
+
+async def test_what_comes_after_an_answer_is_not_the_next_ones(line: Line) -> None:
+    await line.call("PING")
+    [kept] = line._idle
+    asked = await asking(line, kept)
+    kept.data_received(b"+mine\r\n+whose\r\n")
+    assert await asked == b"mine"
+    assert await line.call("ECHO", "x") == b"x"
+    assert kept not in line._idle
+
+
 async def test_what_is_said_unasked_is_no_answer(line: Line) -> None:
     await line.call("PING")
     [kept] = line._idle
@@ -106,8 +128,7 @@ async def test_what_is_said_unasked_is_no_answer(line: Line) -> None:
 async def test_what_is_no_protocol_is_said_so(line: Line) -> None:
     await line.call("PING")
     [kept] = line._idle
-    asked = asyncio.create_task(line.call("BLPOP", "nothing-comes-here", 5))
-    await asyncio.sleep(0)
+    asked = await asking(line, kept)
     kept.data_received(b"HTTP/1.1 400 Bad Request\r\n")
     with pytest.raises(broken.InvalidResponse):
         await asked
@@ -117,8 +138,7 @@ async def test_what_is_no_protocol_is_said_so(line: Line) -> None:
 async def test_an_answer_may_come_in_pieces(line: Line) -> None:
     await line.call("PING")
     [kept] = line._idle
-    asked = asyncio.create_task(line.call("BLPOP", "nothing-comes-here", 5))
-    await asyncio.sleep(0)
+    asked = await asking(line, kept)
     for piece in (b"$5", b"\r\nhe", b"llo", b"\r\n"):
         assert not asked.done()
         kept.data_received(piece)
