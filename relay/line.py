@@ -25,6 +25,13 @@ def is_reset(error: RuntimeError) -> bool:
     return "the handler is closed" in str(error)
 
 
+async def _cut(made: AbstractConnection) -> None:
+    """Close a connection without TLS' farewell, which a loop that ends never hears."""
+    if made._writer is not None:
+        made._writer.transport.abort()
+    await made.disconnect(nowait=True)
+
+
 class _Wire(asyncio.Protocol):
     """One connection, with one call at a time."""
 
@@ -44,8 +51,8 @@ class _Wire(asyncio.Protocol):
 
     def ask(self, command: bytes) -> asyncio.Future[object]:
         """Send a command, and give what will be said to it."""
-        self._answer = self.loop.create_future()
         self._transport.write(command)
+        self._answer = self.loop.create_future()  # not before: nobody would wait for it
         return self._answer
 
     def fail(self, error: Exception) -> None:
@@ -58,7 +65,7 @@ class _Wire(asyncio.Protocol):
 
     async def close(self) -> None:
         self.lost = True
-        await self._made.disconnect(nowait=True)
+        await _cut(self._made)
 
     def data_received(self, data: bytes) -> None:
         self._reader.feed(data)
@@ -139,8 +146,10 @@ class Line:
         try:
             async with asyncio.timeout(self._timeout):
                 await made.connect()  # type: ignore[no-untyped-call]  # redis-py's
+                if await made.can_read():  # an end, too: whoever reads next is not told
+                    raise broken.ConnectionError("the connection ended: closed")
         except BaseException as error:  # a cancellation, too: nothing half made stays
-            await made.disconnect(nowait=True)
+            await _cut(made)
             if isinstance(error, TimeoutError):
                 raise broken.TimeoutError("not connected in time") from None
             if isinstance(error, RuntimeError) and is_reset(error):

@@ -1,6 +1,7 @@
 """Connections for one call at a time: an answer is never another call's."""
 
 import asyncio
+import signal
 import socket
 import subprocess
 from collections.abc import AsyncIterator, Callable
@@ -171,6 +172,34 @@ def test_a_reset_connection_is_a_failure_to_connect_on_uvloop_too(
         runner.run(reset())
 
 
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_a_hang_up_after_the_handshake_is_told_at_once(
+    loop: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    async def greet(asked: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"+OK\r\n" * 3)  # to each command of redis-py's handshake
+        writer.write_eof()
+        await asked.read()
+        writer.close()
+        left.set()
+
+    left = asyncio.Event()
+
+    async def talk() -> None:
+        server = await asyncio.start_server(greet, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        line = Line(f"redis://127.0.0.1:{port}", timeout=5.0)
+        with pytest.raises(broken.ConnectionError):  # and not a timeout
+            await line.call("PING")
+        await asyncio.wait_for(left.wait(), 5)
+        await line.aclose()
+        server.close()
+        await server.wait_closed()
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(talk())
+
+
 @pytest.mark.system("redis-server")
 @pytest.mark.system("openssl")
 @pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
@@ -212,15 +241,18 @@ def test_tls_passwords_and_databases_are_redis_pys(
         assert await line.call("SET", "large", large) == b"OK"
         assert await line.call("GET", "large") == large
         assert b" db=3 " in cast("bytes", await line.call("CLIENT", "INFO"))
-        await line.aclose()
         stranger = Line(f"rediss://:another-password@{place}", timeout=5.0)
         with pytest.raises(broken.AuthenticationError):
             await stranger.call("PING")
         await stranger.aclose()
+        # A server that stands still bids no farewell; the loop ends all the same.
+        server.send_signal(signal.SIGSTOP)
+        await line.aclose()
 
     try:
         with asyncio.Runner(loop_factory=loop) as runner:
             runner.run(talk())
     finally:
+        server.send_signal(signal.SIGCONT)
         server.terminate()
         server.wait()
