@@ -34,7 +34,9 @@ def main() -> None:
     )
     parser.add_argument("--only", action="append", default=[], metavar="SECTION")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=int, default=4, help="of one run")
+    parser.add_argument(
+        "--seconds", type=int, default=4, help="of load on each, a round"
+    )
     parser.add_argument(
         "--quick", action="store_true", help="one short round: checks the harness"
     )

@@ -1,6 +1,6 @@
 """What a server takes in, in a closed loop: the relay, the floor, the peers.
 
-Each run has fresh processes and an empty Redis. It counts only if what wrk saw, what
+Each round has fresh processes and an empty Redis. It counts only if what wrk saw, what
 Redis counted and what waits in the queue agree; else it raises.
 """
 
@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bench.load import BATCH, Load, closed_loop
+from bench.load import BATCH, Load, closed_loop, together
 from bench.machine import OTHER_CORE, SERVER_CORE, busy_s
 from bench.processes import BenchError
 from bench.results import Rows, Sample, add, against
@@ -30,7 +30,7 @@ from bench.stack import (
 WARM_UP_S = 1
 SETTLE_S = 0.8  # refusals of the edge are counted at most half a second late
 FOREIGN_MOST = 0.15  # of a core, for whatever else the machine does during a run
-TRIES = 4
+TRIES = 10
 Peer = Callable[[Store, Upstream], AbstractContextManager[Served]]
 Say = Callable[[str], None]
 
@@ -43,7 +43,7 @@ RATIOS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
-    """What one run measures."""
+    """What is measured beside others."""
 
     name: str
     server: str = "relay"  # floor, relay, or a peer by its name
@@ -72,19 +72,19 @@ def compare(
     say: Say,
     peers: Mapping[str, Peer] | None = None,
 ) -> Rows:
-    """Run all variants in each round, every round beginning with another one.
+    """Run all variants side by side in each round, each round in another order.
 
     The first variant is the floor of the others, each with its own connections.
     """
     rows: Rows = {}
     for n in range(rounds):
         shift = n % len(variants)
-        samples = {
-            variant.name: undisturbed(
-                variant, seconds=seconds, peers=peers or {}, say=say
-            )
-            for variant in variants[shift:] + variants[:shift]
-        }
+        samples = side_by_side(
+            variants[shift:] + variants[:shift],
+            seconds=seconds,
+            peers=peers or {},
+            say=say,
+        )
         for variant in variants:
             base = samples[_floor_of(variant, variants).name]
             sample = against(samples[variant.name], base, RATIOS)
@@ -111,81 +111,148 @@ def _floor_of(variant: Variant, variants: list[Variant]) -> Variant:
     return next(alike, variants[0])
 
 
-def undisturbed(
-    variant: Variant, *, seconds: int, peers: Mapping[str, Peer], say: Say
-) -> Sample:
-    """A run during which the machine did little else; repeated loudly until then."""
-    for _ in range(TRIES):
-        sample = run(variant, seconds=seconds, peers=peers)
-        if sample["foreign"] <= FOREIGN_MOST:
-            return sample
-        say(
-            f"thrown out  {variant.name}: others had {sample['foreign']:.0%} of a core "
-            f"meanwhile ({sample['events_per_s']:,.0f}/s)"
-        )
-    msg = f"{variant.name}: the machine is too busy with other things"
-    raise BenchError(msg)
+def side_by_side(
+    variants: list[Variant],
+    *,
+    seconds: int,
+    peers: Mapping[str, Peer],
+    say: Say,
+) -> dict[str, Sample]:
+    """Load them in turn for a second each, until each has had `seconds`.
 
-
-def run(variant: Variant, *, seconds: int, peers: Mapping[str, Peer]) -> Sample:
-    """One run of one variant, with everything that it needs started for it."""
+    All are there from the first to the last, and only one has anything to do: what a
+    core that is shared with strangers does in a second changes twofold within some, and
+    so each variant meets all of it.
+    """
     with ExitStack() as stack:
-        tokens: Path | None = None
-        store: Store | None = None
-        above: Upstream | None = None
+        subjects = [Subject(variant, stack, peers) for variant in variants]
+        for subject in subjects:
+            subject.load(WARM_UP_S)
+        time.sleep(SETTLE_S)
+        for subject in subjects:
+            subject.begin()
+        for n in range(seconds):
+            shift = n % len(subjects)
+            for subject in subjects[shift:] + subjects[:shift]:
+                _undisturbed(subject, subjects, say)
+        time.sleep(SETTLE_S)
+        return {subject.variant.name: subject.sample() for subject in subjects}
+
+
+class Subject:
+    """A variant, running, with everything that it needs; and what it has done."""
+
+    def __init__(
+        self, variant: Variant, stack: ExitStack, peers: Mapping[str, Peer]
+    ) -> None:
+        self.variant = variant
+        self._tokens: Path | None = None
+        self._store: Store | None = None
+        self._above: Upstream | None = None
+        self._loads: list[Load] = []  # all of them
+        self._counted: list[tuple[Load, dict[str, float], float]] = []
         core = SERVER_CORE if variant.pinned else None
         other = OTHER_CORE if variant.pinned else None
         if variant.server == "floor":
-            served = stack.enter_context(floor(workers=variant.workers, core=core))
-        else:
-            store = stack.enter_context(redis_server(fsync=variant.fsync, core=other))
-            above = stack.enter_context(upstream(core=other))
-            if variant.server == "relay":
-                changes = changes_of(variant)
-                if changes:
-                    tokens = token_file()
-                options = []
-                if variant.workers > 1:
-                    options = ["--workers", str(variant.workers)]
-                served = stack.enter_context(
-                    relay(store, above.url, *options, core=core, changes=changes)
-                )
-            else:
-                served = stack.enter_context(peers[variant.server](store, above))
+            self.served = stack.enter_context(floor(workers=variant.workers, core=core))
+            return
+        self._store = stack.enter_context(redis_server(fsync=variant.fsync, core=other))
+        self._above = stack.enter_context(upstream(core=other))
+        if variant.server != "relay":
+            starter = peers[variant.server](self._store, self._above)
+            self.served = stack.enter_context(starter)
+            return
+        changes = changes_of(variant)
+        if changes:
+            self._tokens = token_file()
+        options = ["--workers", str(variant.workers)] if variant.workers > 1 else []
+        self.served = stack.enter_context(
+            relay(self._store, self._above.url, *options, core=core, changes=changes)
+        )
 
-        def load(seconds: int) -> Load:
-            return closed_loop(
-                served.url,
-                kind=variant.kind,
-                connections=variant.connections,
-                seconds=seconds,
-                tokens=tokens,
-            )
+    def load(self, seconds: int) -> Load:
+        """Send to it for so long."""
+        return closed_loop(
+            self.served.url,
+            kind=self.variant.kind,
+            connections=self.variant.connections,
+            seconds=seconds,
+            tokens=self._tokens,
+        )
 
-        load(WARM_UP_S)
-        time.sleep(SETTLE_S)
-        before = _seen(variant, store, above)
-        cost, busy = _costs(served, store, above), busy_s()
-        result = load(seconds)
-        busy = busy_s() - busy
+    def costs(self) -> dict[str, float]:
+        """Processor time so far, of its server and what stands behind it."""
+        told = {"server": self.served.program.cpu_s()}
+        if self._store is not None:
+            told["redis"] = self._store.program.cpu_s()
+        if self._above is not None:
+            told["upstream"] = self._above.program.cpu_s()
+        return told
+
+    def begin(self) -> None:
+        """From here on, all that is sent must be found again."""
+        self._before = self._seen()
+
+    def note(
+        self, load: Load, cost: dict[str, float], foreign: float, *, counts: bool
+    ) -> None:
+        """Keep what a second gave. If it does not count, it was sent all the same."""
+        self._loads.append(load)
+        if counts:
+            self._counted.append((load, cost, foreign))
+
+    def sample(self) -> Sample:
+        """Its figures. Raises `BenchError` where not all that was sent was taken."""
+        self.served.program.check()
+        verify(self.variant, together(self._loads), self._before, self._seen())
+        load = together([load for load, _, _ in self._counted])
         cost = {
-            name: n - cost[name] for name, n in _costs(served, store, above).items()
+            name: sum(cost[name] for _, cost, _ in self._counted)
+            for name in self._counted[0][1]
         }
-        time.sleep(SETTLE_S)
-        served.program.check()
-        verify(variant, result, before, _seen(variant, store, above))
-    events = result.requests * variant.events
-    return {
-        "events_per_s": events / result.seconds,
-        "p50_ms": result.p50_ms,
-        "p99_ms": result.p99_ms,
-        "load_us_per_event": result.cpu_s / events * 1e6,
-        "server_busy": cost["server"] / result.seconds,
-        "foreign": (busy - sum(cost.values()) - result.cpu_s) / result.seconds,
-        # Full, it is the measurement that is slow: the server could do more.
-        "other_busy": (sum(cost.values()) - cost["server"] + result.cpu_s)
-        / result.seconds,
-    } | {f"{name}_us_per_event": s / events * 1e6 for name, s in cost.items()}
+        events = load.requests * self.variant.events
+        return {
+            "events_per_s": events / load.seconds,
+            "p50_ms": load.p50_ms,
+            "p99_ms": load.p99_ms,
+            "load_us_per_event": load.cpu_s / events * 1e6,
+            "server_busy": cost["server"] / load.seconds,
+            "foreign": max(foreign for _, _, foreign in self._counted),
+            # Full, it is the measurement that is slow: the server could do more.
+            "other_busy": (sum(cost.values()) - cost["server"] + load.cpu_s)
+            / load.seconds,
+        } | {f"{name}_us_per_event": s / events * 1e6 for name, s in cost.items()}
+
+    def _seen(self) -> Counts | float:
+        """What the other side has counted: Redis for the relay, else the upstream."""
+        if self.variant.server == "relay" and self._store is not None:
+            return self._store.counts()
+        return self._above.told()["taken"] if self._above is not None else 0.0
+
+
+def _undisturbed(subject: Subject, all_: list[Subject], say: Say) -> None:
+    """A second in which the machine did little else; repeated loudly until then."""
+    for _ in range(TRIES):
+        before, busy = {id(each): each.costs() for each in all_}, busy_s()
+        load = subject.load(1)
+        busy = busy_s() - busy
+        spent = {
+            id(each): {name: s - before[id(each)][name] for name, s in now.items()}
+            for each in all_
+            for now in [each.costs()]
+        }
+        ours = sum(sum(cost.values()) for cost in spent.values()) + load.cpu_s
+        foreign = (busy - ours) / load.seconds
+        counts = foreign <= FOREIGN_MOST
+        subject.note(load, spent[id(subject)], foreign, counts=counts)
+        if counts:
+            return
+        say(
+            f"thrown out  {subject.variant.name}: others had {foreign:.0%} of a core "
+            f"meanwhile ({load.rate:,.0f} requests/s)"
+        )
+    msg = f"{subject.variant.name}: the machine is too busy with other things"
+    raise BenchError(msg)
 
 
 def changes_of(variant: Variant) -> dict[str, str]:
@@ -193,34 +260,15 @@ def changes_of(variant: Variant) -> dict[str, str]:
     return {"RELAY_SIGNING_KEYS": SIGNING_KEY} if variant.kind == "token" else {}
 
 
-def _costs(
-    served: Served, store: Store | None, above: Upstream | None
-) -> dict[str, float]:
-    told = {"server": served.program.cpu_s()}
-    if store is not None:
-        told["redis"] = store.program.cpu_s()
-    if above is not None:
-        told["upstream"] = above.program.cpu_s()
-    return told
-
-
-def _seen(
-    variant: Variant, store: Store | None, above: Upstream | None
-) -> Counts | float:
-    """What the other side has counted: Redis for the relay, else the upstream."""
-    if variant.server == "relay" and store is not None:
-        return store.counts()
-    return above.told()["taken"] if above is not None else 0.0
-
-
 def verify(
     variant: Variant, load: Load, before: Counts | float, after: Counts | float
 ) -> None:
     """Throw a run out whose figures do not agree.
 
-    wrk leaves what is in flight at its end uncounted: a request a connection at most.
+    wrk leaves what is in flight at its end uncounted: a request a connection at most,
+    and each time that it was run.
     """
-    slack = variant.connections * variant.events
+    slack = variant.connections * variant.events * load.runs
     sent = load.requests * variant.events
     if isinstance(after, Counts):
         assert isinstance(before, Counts)

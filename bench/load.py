@@ -10,9 +10,11 @@ import re
 import secrets
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from statistics import median
 
 from bench.machine import OTHER_CORE, PATH, pin_to
 from bench.processes import BenchError
@@ -25,7 +27,7 @@ _FIRST = count(0, 270_000)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """What wrk saw in one run."""
+    """What wrk saw."""
 
     requests: int
     seconds: float
@@ -33,10 +35,24 @@ class Load:
     p50_ms: float
     p99_ms: float
     cpu_s: float  # of wrk itself
+    runs: int = 1  # of which this is made
 
     @property
     def rate(self) -> float:
         return self.requests / self.seconds
+
+
+def together(loads: Sequence[Load]) -> Load:
+    """What several runs come to: sums, and of the latencies the medians."""
+    return Load(
+        requests=sum(load.requests for load in loads),
+        seconds=sum(load.seconds for load in loads),
+        refused=sum(load.refused for load in loads),
+        p50_ms=median(load.p50_ms for load in loads),
+        p99_ms=median(load.p99_ms for load in loads),
+        cpu_s=sum(load.cpu_s for load in loads),
+        runs=sum(load.runs for load in loads),
+    )
 
 
 def closed_loop(

@@ -17,7 +17,7 @@ import pytest
 from bench import accept, beacons, load, report, stack
 from bench.accept import Variant
 from bench.generator import Generator, Plan, read_answer, summary
-from bench.load import Load, closed_loop, read_result
+from bench.load import Load, closed_loop, read_result, together
 from bench.peers import HERE, PEERS
 from bench.processes import BenchError, free_port
 from bench.profile import summed
@@ -281,6 +281,11 @@ def test_a_run_whose_figures_disagree_is_thrown_out(seen: Load, after: Counts) -
 
 def test_a_run_whose_figures_agree_counts() -> None:
     accept.verify(Variant(name="json"), SEEN, EMPTY, counted(1064, delivered=3))
+    # What is in flight at an end is not counted, and there were two.
+    twice = together([SEEN, SEEN])
+    accept.verify(Variant(name="json"), twice, EMPTY, counted(2128))
+    with pytest.raises(BenchError):
+        accept.verify(Variant(name="json"), twice, EMPTY, counted(2129))
     limited = Variant(name="limited", kind="limited", outcome="rate_limited")
     refused = replace(SEEN, refused=995)
     accept.verify(limited, refused, EMPTY, counted(1000, rate_limited=995))
@@ -288,6 +293,39 @@ def test_a_run_whose_figures_agree_counts() -> None:
     accept.verify(proxy, SEEN, 5.0, 1010.0)
     with pytest.raises(BenchError):
         accept.verify(proxy, SEEN, 5.0, 1000.0)
+
+
+def test_runs_together_are_sums_and_medians() -> None:
+    slow = replace(SEEN, requests=200, seconds=2.0, refused=3, p50_ms=9, p99_ms=90)
+    told = together([SEEN, slow, replace(SEEN, p99_ms=5)])
+    assert (told.requests, told.seconds, told.refused) == (2200, 4.0, 3)
+    assert (told.p50_ms, told.p99_ms, told.runs) == (1, 5, 3)
+    assert told.cpu_s == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    "server", [pytest.param("floor", marks=needs("wrk", package="wrk"))]
+)
+def test_a_second_in_which_others_are_busy_is_sent_but_does_not_count(
+    server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variants = [Variant(name=name, server=server) for name in ("one", "two")]
+    most = iter([1e9, -1e9, 1e9])  # the first of "one", then two of "two"
+    said: list[str] = []
+
+    class Most(float):
+        def __ge__(self, foreign: float) -> bool:
+            return next(most) >= foreign
+
+    monkeypatch.setattr(accept, "FOREIGN_MOST", Most())
+    told = accept.side_by_side(variants, seconds=1, peers={}, say=said.append)
+    assert [line.split()[2] for line in said] == ["two:"]
+    assert told["one"]["events_per_s"] > 0 < told["two"]["events_per_s"]
+    monkeypatch.setattr(accept, "FOREIGN_MOST", -1e9)
+    monkeypatch.setattr(accept, "TRIES", 2)
+    with pytest.raises(BenchError, match="too busy"):
+        accept.side_by_side(variants, seconds=1, peers={}, say=said.append)
+    assert len(said) == 3
 
 
 @pytest.mark.parametrize(
