@@ -12,7 +12,7 @@ Refusals of the edge are gathered and ride along, at the latest after half a sec
 import asyncio
 import contextlib
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from secrets import token_hex
 from typing import Protocol
@@ -21,7 +21,7 @@ import structlog
 
 from relay.errors import QueueUnavailable
 from relay.outcomes import Outcome
-from relay.queue import Refused, Reply, Request
+from relay.queue import Packed, Refused, Reply, Request, pack_request
 
 # Beyond it a commit gains little, and while Redis has a large one the edge has nothing
 # to do: two of so many requests keep both busy. A page's batch costs the edge less.
@@ -40,14 +40,14 @@ log = structlog.get_logger()
 
 # Whoever waits for a result. Must not raise.
 Then = Callable[[Reply | Exception], None]
-Waiting = tuple[Request, int, Then]  # with the bytes of its bodies
+Waiting = tuple[Packed, int, int, Then]  # with the number of its events, and its bytes
 
 
 class Commits(Protocol):
     """The part of the queue that admission needs."""
 
     async def commit(
-        self, slot: str, seq: int, requests: list[Request], refused: list[Refused]
+        self, slot: str, seq: int, requests: Sequence[Packed], refused: list[Refused]
     ) -> list[Reply]: ...
 
 
@@ -124,8 +124,9 @@ class Admission:
             or self._waiting_bytes > MAX_WAITING_BYTES
         ):
             raise QueueUnavailable("overloaded", "Too much at once: try again soon.")
-        size = sum([len(event[7]) for event in events])
-        self._waiting.append((request, size, then))
+        # As Redis will get it: it takes up less, and only once.
+        packed, size = pack_request(request)
+        self._waiting.append((packed, len(events), size, then))
         self._waiting_events += len(events)
         self._waiting_bytes += size
         if not self._scheduled and self._slots:
@@ -146,16 +147,16 @@ class Admission:
         batch: list[Waiting] = []
         events = size = 0
         while self._waiting:
-            request, bytes_, _ = self._waiting[0]
+            _, n, bytes_, _ = self._waiting[0]
             full = (
                 len(batch) == MAX_BATCH_REQUESTS
-                or events + len(request[1]) > MAX_BATCH_EVENTS
+                or events + n > MAX_BATCH_EVENTS
                 or size + bytes_ > MAX_BATCH_BYTES
             )
             if batch and full:
                 break
             batch.append(self._waiting.popleft())
-            events += len(request[1])
+            events += n
             size += bytes_
         self._waiting_events -= events
         self._waiting_bytes -= size
@@ -166,7 +167,7 @@ class Admission:
         answers: list[tuple[Waiting, Reply]] = []
         try:
             replies = await self._insist(
-                slot, [request for request, _, _ in batch], refused
+                slot, [packed for packed, _, _, _ in batch], refused
             )
             self._open_s = BREAKER_FIRST_S
             answers = list(zip(batch, replies, strict=True))
@@ -174,7 +175,7 @@ class Admission:
             self._fail(batch, error)
         except Exception as error:
             # A fault of the script or of ours: each request answers for itself.
-            for _, _, then in batch:
+            for _, _, _, then in batch:
                 then(error)
             self._refused.update(refused)  # written last, so certainly not counted
             log.exception("admission.failed")
@@ -183,11 +184,11 @@ class Admission:
             self._flush()
         # The next commit leaves before these are answered, so that Redis has work.
         await asyncio.sleep(0)
-        for (_, _, then), reply in answers:
+        for (_, _, _, then), reply in answers:
             then(reply)
 
     async def _insist(
-        self, slot: str, requests: list[Request], refused: Counter[tuple[str, str, str]]
+        self, slot: str, requests: list[Packed], refused: Counter[tuple[str, str, str]]
     ) -> list[Reply]:
         """Send one commit until it is answered, under one number: it counts once."""
         self._seq += 1
@@ -228,7 +229,7 @@ class Admission:
         again_in_s = self._open_s
         self._open_until = self._loop.time() + again_in_s
         self._open_s = min(2 * again_in_s, BREAKER_MAX_S)
-        for _, _, then in (*batch, *self._waiting):
+        for _, _, _, then in (*batch, *self._waiting):
             then(error)
         self._waiting.clear()
         self._waiting_events = self._waiting_bytes = 0

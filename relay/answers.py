@@ -59,6 +59,7 @@ class Dialect(Protocol):
     content_types: frozenset[bytes]
     request_headers: bytes  # that a page may send: Access-Control-Allow-Headers
     batches: bool  # whether one request may carry several events
+    repeats: bool  # whether an answer says again what the event was
 
     def accept(
         self, entries: Sequence[Entry], event: Event | None
@@ -96,6 +97,7 @@ class Beacons:
     content_types = frozenset({b"application/json", b"text/plain", b""})
     request_headers = b"content-type, content-encoding, prefer, relay-token"
     batches = True
+    repeats = False
 
     def __init__(self, *, disabled: bool = False) -> None:
         # The snippet stops when it reads this, until its page is loaded again.
@@ -151,6 +153,7 @@ class Official:
         b"x-voucherify-api-version, x-voucherify-channel"
     )
     batches = False
+    repeats = True
 
     def accept(
         self, entries: Sequence[Entry], event: Event | None

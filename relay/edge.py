@@ -60,6 +60,7 @@ class Fate:
     outcome: dict[str, object] | None = None  # known by now: Prefer: wait
 
 
+_LET_GO: list[Queueable] = []  # never added to
 TAKEN = Fate(status="queued")
 
 
@@ -84,16 +85,17 @@ class Admitted(Struct, gc=False):
 
     head: Head
     events: list[Queueable]
+    ids: list[str]  # of these events
     refused: dict[int, Refused]  # by the place in the sender's body
     several: bool
-    said: Event | None = None  # the last one, for answers that repeat it
+    said: Event | None = None  # the last one, where answers repeat it
     report: dict[str, int] | None = None  # the snippet's
 
     @property
     def alone(self) -> bool:
         """Whether an answer has one event to tell of, and nothing else."""
         return (
-            len(self.events) == 1
+            len(self.ids) == 1
             and not self.refused
             and self.report is None
             and not self.head.wait_s
@@ -102,6 +104,15 @@ class Admitted(Struct, gc=False):
     @property
     def request(self) -> tuple[str, list[Queueable]]:
         return self.head.address, self.events
+
+    def let_go(self) -> tuple[str, list[Queueable]]:
+        """The same, of which only what an answer tells stays here.
+
+        Many wait for their answers at once, and what they hold must find room in the
+        processor's cache.
+        """
+        request, self.events = self.request, _LET_GO
+        return request
 
 
 class Edge:
@@ -256,15 +267,20 @@ class Edge:
             return self._whole(head, _ONE_ONLY)
         if read.token is not None:
             head.sender.token = read.token
-        admitted = Admitted(head, [], {}, read.several)
+        admitted = Admitted(head, [], [], {}, read.several)
         if read.report is not None:
             admitted.report = read_report(read.report)
         for place, raw in enumerate(read.events):
             try:
-                admitted.said = event = read_event(raw)
-                admitted.events.append(self._admit(event, head.sender, now))
+                event = read_event(raw)
+                if self._dialect.repeats:
+                    admitted.said = event
+                sound = self._admit(event, head.sender, now)
             except Refused as refused:
                 admitted.refused[place] = refused
+            else:
+                admitted.events.append(sound)
+                admitted.ids.append(sound[0])
         return admitted if admitted.events else self.answer(admitted, (), None)
 
     def _admit(self, event: Event, sender: Sender, now: float) -> Queueable:
@@ -301,8 +317,8 @@ class Edge:
         if len(fates) == 1 and fates[0] is TAKEN and admitted.alone and limit:
             return self._taken(admitted, *limit)
         entries = [
-            _entry(event[0], fate)
-            for event, fate in zip(admitted.events, fates, strict=True)
+            _entry(event_id, fate)
+            for event_id, fate in zip(admitted.ids, fates, strict=True)
         ]
         if refused:
             for place in sorted(refused):
@@ -339,7 +355,7 @@ class Edge:
     ) -> Response:
         """The answer that nearly all get, with nothing looked at that they lack."""
         head = admitted.head
-        status, body = self._dialect.take(admitted.events[0][0], admitted.said)
+        status, body = self._dialect.take(admitted.ids[0], admitted.said)
         own = [(b"x-request-id", head.request_id)]
         if which >= 0:
             own.append(self._tightest(which, left, reset_us))
@@ -358,7 +374,7 @@ class Edge:
         fate = Fate(
             status="unavailable", reason=reason, detail=detail, retry_after=retry_after
         )
-        return self.answer(admitted, [fate] * len(admitted.events), None)
+        return self.answer(admitted, [fate] * len(admitted.ids), None)
 
     def too_large(self, head: Head) -> Response:
         """413, decided on the announced, the read or the inflated size."""

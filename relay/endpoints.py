@@ -192,7 +192,7 @@ class Track:
             return self._draining(admitted)
         try:
             self._admission.submit_then(
-                admitted.request, partial(self._taken, admitted, answer)
+                admitted.let_go(), partial(self._taken, admitted, answer)
             )
         except QueueUnavailable as error:
             return self._away(admitted, error)

@@ -17,7 +17,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from relay.answers import Response
 from relay.edge import MAX_BODY_BYTES
 from relay.endpoints import Track
-from relay.headers import Fields, fields_of
+from relay.headers import Fields, Header, fields_of
 
 
 class _Nobody:
@@ -27,6 +27,8 @@ class _Nobody:
 
 
 _NOBODY = _Nobody()
+_NO_FIELDS: Fields = {}
+_NO_HEADERS: list[Header] = []  # never added to: each request begins with a new one
 _CLOSE = (b"connection", b"close")
 
 
@@ -122,9 +124,11 @@ class BeaconProtocol(HttpToolsProtocol):
         cycle.more_body = False
         if cycle.timer is not None:
             cycle.timer.cancel()
-        cycle.track.take(
-            cycle.fields, self._peer(), cycle.body, partial(self._say, cycle)
-        )
+        fields, body = cycle.fields, cycle.body
+        # Nobody needs them while the answer is waited for, and what all connections
+        # hold meanwhile must find room in the processor's cache.
+        cycle.fields, cycle.body, self.headers = _NO_FIELDS, b"", _NO_HEADERS
+        cycle.track.take(fields, self._peer(), body, partial(self._say, cycle))
 
     def data_received(self, data: bytes) -> None:
         self._idle_since = 0.0

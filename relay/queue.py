@@ -163,6 +163,7 @@ Special = tuple[str, int, int, int, bool, str, int, int, bool]
 # the digest of the sender's address, and its events.
 Event = tuple[str, bool, str, str, str, str, int, str, Special | None]
 Request = tuple[str, list[Event]]
+Packed = msgspec.Raw  # a request as the commit script reads it
 # Outcome, reason, name or "", how many. Without an outcome it only counts the reason.
 Refused = tuple[str, str, str, int]
 
@@ -307,7 +308,11 @@ class Queue:
                 yield
 
     async def commit(
-        self, slot: str, seq: int, requests: list[Request], refused: list[Refused]
+        self,
+        slot: str,
+        seq: int,
+        requests: Sequence[Request | Packed],
+        refused: list[Refused],
     ) -> list[Reply]:
         """Take requests in. Sending the same slot and number again is harmless."""
         with _translated():
@@ -722,6 +727,12 @@ def _judge(info: dict[str, object]) -> list[str]:
 def id_digest(event_id: str) -> str:
     """What stands for an event's id in a key; lib.lua has the same."""
     return sha1(event_id.encode(), usedforsecurity=False).hexdigest()[:20]
+
+
+def pack_request(request: Request) -> tuple[Packed, int]:
+    """A request as a commit carries it, and how many bytes it is."""
+    packed = _pack(request)
+    return Packed(packed), len(packed)
 
 
 def consumer_name() -> str:

@@ -1,9 +1,10 @@
 """Admission: one commit for what waits, an answer for each, whatever Redis does."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
+import msgspec
 import pytest
 import redis.asyncio
 
@@ -15,7 +16,7 @@ from relay.admission import (
 )
 from relay.errors import QueueUnavailable
 from relay.outcomes import Outcome
-from relay.queue import Queue, Refused, Reply, Request
+from relay.queue import Packed, Queue, Refused, Reply, Request
 from tests.queues import Bench, Clock, event
 from tests.support import eventually
 
@@ -33,9 +34,10 @@ class Line:
         self.gate: asyncio.Event | None = None
 
     async def commit(
-        self, slot: str, seq: int, requests: list[Request], refused: list[Refused]
+        self, slot: str, seq: int, requests: Sequence[Packed], refused: list[Refused]
     ) -> list[Reply]:
-        self.batches.append(sum(len(r[1]) for r in requests))
+        unpacked = [msgspec.msgpack.decode(packed) for packed in requests]
+        self.batches.append(sum(len(events) for _, events in unpacked))
         if self.gate is not None:
             await self.gate.wait()
         if self.cut_before:
