@@ -10,13 +10,12 @@ import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import count
 from secrets import token_hex
 
 from msgspec import Struct
 
-from relay.addresses import MAX_ENTRY, TrustedProxies, address_key, client_address
+from relay.addresses import TrustedProxies, address_key, client_address
 from relay.answers import DONE, JSON, STATUS, Beacons, Dialect, Entry, Response
 from relay.browsers import counts, read_report
 from relay.digests import Digests
@@ -32,8 +31,6 @@ from relay.policy import Policy, Sender, Special
 # never leaves the browser. https://fetch.spec.whatwg.org/#http-network-or-cache-fetch
 MAX_BODY_BYTES = 64 * 1024
 MAX_WAIT_S = 30  # of `Prefer: wait`
-# Whose digests are kept: of a shopper who sends several events, within minutes.
-KNOWN_ADDRESSES = 8_192
 
 # RFC 7240: names in any case, blanks around "=", the first of several counts.
 _WAIT = re.compile(rb"(?:^|[,;\s])wait\s*=\s*(\d+)(?:$|[,;\s])", re.IGNORECASE)
@@ -146,7 +143,6 @@ class Edge:
         self._ids = count()
         self._boot = token_hex(8)
         self._digests = digests
-        self._known_address = lru_cache(KNOWN_ADDRESSES)(self._address)
 
     # --- before the body ----------------------------------------------------------
 
@@ -170,7 +166,7 @@ class Edge:
         head = Head(
             request_id,
             form,
-            self._limited_as(peer, forwarded),
+            self._address(peer, forwarded),
             Sender(
                 form.origin,
                 form.allowed,
@@ -186,13 +182,12 @@ class Edge:
             head.sender.notes.append("untrusted_proxy")
         return self.too_large(head) if head.length > MAX_BODY_BYTES else head
 
-    def _limited_as(self, peer: str | None, forwarded: bytes | None) -> str:
-        """The digest by which limits count whoever sends."""
-        if forwarded is not None and len(forwarded) > MAX_ENTRY:
-            return self._address(peer, forwarded)  # of any length, so not kept
-        return self._known_address(peer, forwarded)
-
     def _address(self, peer: str | None, forwarded: bytes | None) -> str:
+        """The digest by which limits count whoever sends.
+
+        Not kept for the next time: where it is asked for often enough to matter, from
+        many at once, to look through those kept takes longer.
+        """
         lines = () if forwarded is None else (forwarded,)
         client = client_address(peer, lines, self._proxies)
         return self._digests.address(address_key(client))

@@ -13,10 +13,10 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Protocol
 
 import structlog
+from msgspec import Struct
 from starlette.types import Receive, Scope, Send
 
 from relay.admission import Admission
@@ -82,6 +82,20 @@ class Outcomes(Protocol):
     async def outcome(
         self, event: Event, seconds: float
     ) -> dict[str, object] | None: ...
+
+
+class _Submitted(Struct, gc=False):
+    """A request whose events are on their way into the queue.
+
+    In place of a `partial`, which takes up three times as much while it waits.
+    """
+
+    track: "Track"
+    admitted: Admitted
+    answer: Callable[[Response], None]
+
+    def settle(self, result: Reply | Exception) -> None:
+        self.track.settle(self.admitted, self.answer, result)
 
 
 class Track:
@@ -192,18 +206,19 @@ class Track:
             return self._draining(admitted)
         try:
             self._admission.submit_then(
-                admitted.let_go(), partial(self._taken, admitted, answer)
+                admitted.let_go(), _Submitted(self, admitted, answer).settle
             )
         except QueueUnavailable as error:
             return self._away(admitted, error)
         return None
 
-    def _taken(
+    def settle(
         self,
         admitted: Admitted,
         answer: Callable[[Response], None],
         result: Reply | Exception,
     ) -> None:
+        """Answer for events that the queue has judged."""
         try:
             if isinstance(result, Reply):
                 response = self._answer(admitted, self._fates(result), result)

@@ -8,7 +8,6 @@ checks are the same: `endpoints.Track` has both ways in.
 
 import asyncio
 from collections.abc import Mapping
-from functools import partial
 from typing import cast
 
 from msgspec import Struct
@@ -35,6 +34,7 @@ _CLOSE = (b"connection", b"close")
 class Beacon(Struct):
     """A request on the short way, with what uvicorn asks of a request."""
 
+    protocol: "BeaconProtocol"
     track: Track
     fields: Fields
     body: bytes = b""
@@ -44,6 +44,10 @@ class Beacon(Struct):
     disconnected: bool = False
     response_complete: bool = False
     message_event: _Nobody = _NOBODY
+
+    def answer(self, said: Response) -> None:
+        """Answer it, once; what comes later is for nobody."""
+        self.protocol.say(self, said)
 
 
 class BeaconProtocol(HttpToolsProtocol):
@@ -76,7 +80,7 @@ class BeaconProtocol(HttpToolsProtocol):
         if track is not None:
             fields = fields_of(self.headers)
             if self._is_short(fields):
-                self.cycle = cast("object", Beacon(track, fields))  # type: ignore[assignment]  # as uvicorn uses it
+                self.cycle = cast("object", Beacon(self, track, fields))  # type: ignore[assignment]  # as uvicorn uses it
                 return
         url, headers = self.url, self.headers
         super().on_message_begin()
@@ -128,7 +132,7 @@ class BeaconProtocol(HttpToolsProtocol):
         # Nobody needs them while the answer is waited for, and what all connections
         # hold meanwhile must find room in the processor's cache.
         cycle.fields, cycle.body, self.headers = _NO_FIELDS, b"", _NO_HEADERS
-        cycle.track.take(fields, self._peer(), body, partial(self._say, cycle))
+        cycle.track.take(fields, self._peer(), body, cycle.answer)
 
     def data_received(self, data: bytes) -> None:
         self._idle_since = 0.0
@@ -153,9 +157,9 @@ class BeaconProtocol(HttpToolsProtocol):
 
     def _stop_waiting(self, cycle: Beacon) -> None:
         if not cycle.disconnected and not cycle.response_complete:
-            self._say(cycle, cycle.track.too_slow(cycle.fields, self._peer()))
+            self.say(cycle, cycle.track.too_slow(cycle.fields, self._peer()))
 
-    def _say(self, cycle: Beacon, said: Response) -> None:
+    def say(self, cycle: Beacon, said: Response) -> None:
         """Write the answer, and leave the connection to uvicorn again."""
         if cycle.disconnected or cycle.response_complete:
             return
