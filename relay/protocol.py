@@ -26,6 +26,8 @@ class _Nobody:
 
 
 _NOBODY = _Nobody()
+_ASKS_MORE = frozenset({b"prefer", b"transfer-encoding", b"expect"})
+_receive = HttpToolsProtocol.data_received  # `super()` is made anew at each call
 _NO_FIELDS: Fields = {}
 _NO_HEADERS: list[Header] = []  # never added to: each request begins with a new one
 _CLOSE = (b"connection", b"close")
@@ -100,9 +102,7 @@ class BeaconProtocol(HttpToolsProtocol):
             length.isdigit()
             and len(length) < 8
             and int(length) <= MAX_BODY_BYTES
-            and b"prefer" not in fields
-            and b"transfer-encoding" not in fields
-            and b"expect" not in fields
+            and _ASKS_MORE.isdisjoint(fields)
             and parser.get_method() == b"POST"
             and parser.should_keep_alive()  # 1.0 asks for that in a header
             and (b"connection" not in fields or parser.get_http_version() == "1.1")
@@ -136,7 +136,7 @@ class BeaconProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._idle_since = 0.0
-        super().data_received(data)
+        _receive(self, data)
         cycle: object = self.cycle
         if type(cycle) is Beacon and cycle.more_body and cycle.timer is None:
             # In most cases the body has come with the headers, and needs no timer.
