@@ -7,6 +7,7 @@ from what is kept, so sections can be run one by one.
 import argparse
 import sys
 from datetime import UTC, datetime
+from pathlib import Path
 
 from bench.accept import JSON
 from bench.machine import CORES, describe, load_average
@@ -15,6 +16,7 @@ from bench.profile import profile
 from bench.report import write_report
 from bench.results import Record, keep
 from bench.sections import SECTIONS
+from bench.versions import versions
 
 
 def say(line: str) -> None:
@@ -32,6 +34,12 @@ def main() -> None:
         help=f"of {', '.join(SECTIONS)}; default: all. Or `report`: write what is "
         "kept; or `profile`: where the relay's time goes",
     )
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="TREE",
+        help="compare this version with the one in another directory, and nothing else",
+    )
     parser.add_argument("--only", action="append", default=[], metavar="SECTION")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
@@ -41,6 +49,9 @@ def main() -> None:
         "--quick", action="store_true", help="one short round: checks the harness"
     )
     asked = parser.parse_args()
+    if asked.against is not None:
+        versions(asked.against, rounds=asked.rounds, seconds=asked.seconds, say=say)
+        return
     if asked.sections == ["profile"]:
         profile(JSON, seconds=asked.seconds, say=say)
         return

@@ -206,15 +206,19 @@ def relay(
     command: str = "serve",
     core: int | None = SERVER_CORE,
     changes: Mapping[str, str] | None = None,
+    tree: Path = ROOT,
 ) -> Iterator[Served]:
-    """`relay serve`, or another command; `changes` are settings by variable."""
+    """`relay serve`, or another command; `changes` are settings by variable.
+
+    `tree` is where its source is.
+    """
     port, ops_port = free_port(), free_port()
     env = settings(port=port, ops_port=ops_port, redis_url=store.url, cluster=cluster)
     with running(
         [PYTHON, "-m", "relay", command, *options],
         core=core,
         place=WORK / f"relay-{token_hex(4)}",
-        env=env | dict(changes or {}) | {"PYTHONPATH": str(ROOT)},
+        env=env | dict(changes or {}) | {"PYTHONPATH": str(tree)},
         port=port if command == "serve" else ops_port,
     ) as program:
         yield Served(program=program, url=f"http://127.0.0.1:{port}/track")

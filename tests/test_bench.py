@@ -18,12 +18,14 @@ from bench import accept, beacons, load, report, stack
 from bench.accept import Variant
 from bench.generator import Generator, Plan, read_answer, summary
 from bench.load import Load, closed_loop, read_result, together
+from bench.machine import ROOT
 from bench.peers import HERE, PEERS
 from bench.processes import BenchError, free_port
 from bench.profile import summed
 from bench.results import Record, Spread, against, spread
 from bench.sections import SECTIONS
 from bench.stack import Counts
+from bench.versions import versions
 from relay import events
 from relay.settings import Role, Settings, load_settings
 from tests.programs import needs
@@ -301,6 +303,20 @@ def test_runs_together_are_sums_and_medians() -> None:
     assert (told.requests, told.seconds, told.refused) == (2200, 4.0, 3)
     assert (told.p50_ms, told.p99_ms, told.runs) == (1, 5, 3)
     assert told.cpu_s == pytest.approx(0.3)
+
+
+LOADED_RELAY = [
+    *needs("wrk", package="wrk"),
+    *needs("redis-server", package="redis-server"),
+]
+
+
+@pytest.mark.parametrize("seconds", [pytest.param(1, marks=LOADED_RELAY)])
+def test_two_versions_are_loaded_at_once(seconds: int) -> None:
+    said: list[str] = []
+    versions(ROOT, rounds=1, seconds=seconds, say=said.append)
+    assert re.match(r"round 1  this +[\d.]+  other +[\d.]+ us ", said[0])
+    assert re.fullmatch(r"this costs [\d.]+ \(.*\) of the other", said[1])
 
 
 @pytest.mark.parametrize(
