@@ -57,7 +57,6 @@ class Fate:
     outcome: dict[str, object] | None = None  # known by now: Prefer: wait
 
 
-_LET_GO: list[Queueable] = []  # never added to
 TAKEN = Fate(status="queued")
 
 
@@ -108,7 +107,7 @@ class Admitted(Struct, gc=False):
         Many wait for their answers at once, and what they hold must find room in the
         processor's cache.
         """
-        request, self.events = self.request, _LET_GO
+        request, self.events = self.request, []
         return request
 
 

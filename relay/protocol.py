@@ -16,7 +16,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from relay.answers import Response
 from relay.edge import MAX_BODY_BYTES
 from relay.endpoints import Track
-from relay.headers import Fields, Header, fields_of
+from relay.headers import Fields, fields_of
 
 
 class _Nobody:
@@ -29,7 +29,6 @@ _NOBODY = _Nobody()
 _ASKS_MORE = frozenset({b"prefer", b"transfer-encoding", b"expect"})
 _receive = HttpToolsProtocol.data_received  # `super()` is made anew at each call
 _NO_FIELDS: Fields = {}
-_NO_HEADERS: list[Header] = []  # never added to: each request begins with a new one
 _CLOSE = (b"connection", b"close")
 
 
@@ -131,7 +130,7 @@ class BeaconProtocol(HttpToolsProtocol):
         fields, body = cycle.fields, cycle.body
         # Nobody needs them while the answer is waited for, and what all connections
         # hold meanwhile must find room in the processor's cache.
-        cycle.fields, cycle.body, self.headers = _NO_FIELDS, b"", _NO_HEADERS
+        cycle.fields, cycle.body, self.headers = _NO_FIELDS, b"", []
         cycle.track.take(fields, self._peer(), body, cycle.answer)
 
     def data_received(self, data: bytes) -> None:
@@ -151,6 +150,9 @@ class BeaconProtocol(HttpToolsProtocol):
         if self._idle_timer is not None:
             self._idle_timer.cancel()
         super().connection_lost(exc)
+        if type(cycle) is Beacon:
+            # It knows this connection, as this does it: neither would go by itself.
+            self.cycle = None  # type: ignore[assignment]  # as uvicorn begins with
 
     def _peer(self) -> str | None:
         return self.client[0] if self.client else None

@@ -1,11 +1,13 @@
 """Which requests go past ASGI, and that uvicorn has its connection back after each."""
 
 import asyncio
+import gc
 import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import cast
+from weakref import WeakSet
 
 import pytest
 from starlette.types import Receive, Scope, Send
@@ -197,6 +199,54 @@ async def test_an_answer_for_who_is_gone_goes_nowhere() -> None:
         writer.transport.abort()
         app.held.pop()(said())
     assert await asked(App(), PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("sent", "at_once"),
+    [
+        pytest.param(PLAIN, math.inf, id="answered"),
+        pytest.param(PLAIN, 0, id="held"),
+        pytest.param(PLAIN[:-1], math.inf, id="unfinished"),
+    ],
+)
+async def test_a_connection_that_ended_leaves_nothing_to_collect(
+    sent: str, at_once: float
+) -> None:
+    """The collector comes seldom, and a page may make a connection for each beacon."""
+    alive: WeakSet[BeaconProtocol] = WeakSet()
+
+    class Watched(BeaconProtocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+            alive.add(self)
+            super().connection_made(transport)
+
+    app = App(at_once=at_once)
+    gc.disable()
+    try:
+        async with spoken(app, http=Watched) as (reader, writer):
+            writer.write(sent.encode())
+
+            async def arrived() -> bool:
+                return bool(alive) and (bool(app.seen) or sent != PLAIN)
+
+            await eventually(arrived)
+            if at_once and sent == PLAIN:
+                await reader.readuntil(b"short")
+            writer.close()
+
+            async def ended() -> bool:
+                return all(made.transport.is_closing() for made in alive)
+
+            await eventually(ended)
+            while app.held:
+                app.held.pop()(said())
+
+            async def gone() -> bool:
+                return not alive
+
+            await eventually(gone)
+    finally:
+        gc.enable()
 
 
 async def test_a_server_that_stops_answers_what_it_has_taken_and_closes() -> None:
