@@ -185,9 +185,9 @@ GOALS = [
         number=tenth,
     ),
     Goal(
-        text="a process under load, MB, 900,000 waiting",
+        text="a process under load, MB, 600,000 waiting",
         section="depth",
-        row="900,000 waiting",
+        row="600,000 waiting",
         figure="relay_mb",
         wanted=90,
         at_most=True,
