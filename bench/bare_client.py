@@ -12,7 +12,8 @@ import httpx
 import uvloop
 
 from bench.beacons import body
-from relay.transport import Reply, Transport
+from relay.replies import Reply
+from relay.transport import Transport
 
 
 async def send(url: str, calls: int, concurrency: int) -> None:

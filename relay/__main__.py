@@ -1,6 +1,16 @@
-"""`python -m relay` is the `relay` command."""
+"""The `relay` command, and `python -m relay`."""
 
-from relay.cli import main
+from relay.collector import look_rarely
+
+look_rarely()  # before all that the command imports
+
+
+def main() -> None:
+    """Run the command."""
+    from relay.cli import main
+
+    main()
+
 
 if __name__ == "__main__":
     main()

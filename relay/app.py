@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import gc
 import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -27,6 +26,7 @@ from relay.assembly import (
     tell_of_strangers,
 )
 from relay.catalog import Catalog
+from relay.collector import pass_over_what_stays
 from relay.edge import Edge
 from relay.endpoints import Track
 from relay.errors import QueueUnavailable
@@ -35,7 +35,6 @@ from relay.snippet import NAME, Script, pinned, present
 from relay.values import SDK_PATH
 
 LOOK_EVERY_S = 1.0  # at the catalogue's file
-GC_THRESHOLDS = 50_000, 20, 100
 SDK_ROOT = SDK_PATH.removesuffix("events")
 
 log = structlog.get_logger()
@@ -130,7 +129,7 @@ class App:
         self._station.notes = {"catalog": self._catalog_check}
         async with self._station.running():
             await self._admission.start()
-            _calm_the_collector()
+            pass_over_what_stays()
             with _on_hangup() as asked:
                 tasks = [
                     asyncio.create_task(self._watch(asked)),
@@ -208,17 +207,6 @@ class App:
             (b"content-length", b"%d" % len(said.body)),
         ]
         return response
-
-
-def _calm_the_collector() -> None:
-    """Let the garbage collector pass over what stays, and look at the rest less often.
-
-    A look at everything stops this process for tens of milliseconds, and each beacon
-    with it; beacons themselves leave next to nothing that only it can free.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(*GC_THRESHOLDS)
 
 
 @contextlib.contextmanager

@@ -7,19 +7,23 @@ one, the ops listener, and the housekeeping that keeps the gauges fresh.
 import asyncio
 import contextlib
 import errno
+import os
 import signal
 import socket
 import termios
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from hashlib import sha256
+from importlib import import_module
 from secrets import token_hex
+from typing import TYPE_CHECKING
 
 import structlog
 import uvicorn
 from pydantic import SecretStr
 
 from relay.catalog import Catalog, CatalogError
+from relay.cluster import Keys, shown_request
 from relay.counters import stats, time_of
 from relay.digests import Digests
 from relay.errors import QueueUnavailable, RelayError, SettingsError
@@ -33,8 +37,13 @@ from relay.queue import Queue
 from relay.reload import CatalogFile
 from relay.settings import STRANGERS, Settings
 from relay.signing import Signer
-from relay.voucherify import Keys, Voucherify, shown_request
 
+if TYPE_CHECKING:
+    from relay.voucherify import Voucherify
+
+# Who makes the calls, with the HTTP client that it needs: a fifth of all that a start
+# has to import. Beacons are taken before it is there, and an edge alone never needs it.
+UPSTREAM = "relay.voucherify"
 REAP_EVERY_S = 2.0  # gauges are promised to be at most five seconds old
 BACKLOG = 2048  # connections that wait to be accepted, as uvicorn has it
 STOPS = (signal.SIGTERM, signal.SIGINT)
@@ -116,9 +125,10 @@ def make_policy(settings: Settings, catalog: Catalog) -> Policy:
     )
 
 
-def make_upstream(settings: Settings, store: Queue) -> Voucherify:
+def make_upstream(settings: Settings, store: Queue) -> "Voucherify":
     """Voucherify's API with the credentials of the settings; `store` shares tokens."""
-    return Voucherify(
+    made: type[Voucherify] = import_module(UPSTREAM).Voucherify
+    return made(
         base_url=settings.upstream_url,
         api=settings.upstream_api,
         origin=_origin(settings),
@@ -194,17 +204,14 @@ class Station:
         self.queue = make_queue(settings, redis_url)
         self.draining = False
         self.notes: dict[str, Check] = {}  # what else `/readyz` has to say
-        self._upstream: Voucherify | None = None
-        self._forwarder: Forwarder | None = None
+        self._forward = forward
         if forward:
-            self._upstream = make_upstream(settings, self.queue)
-            self._forwarder = Forwarder(
-                queue=self.queue,
-                upstream=self._upstream,
-                concurrency=settings.concurrency,
-                drain_timeout_s=settings.drain_timeout,
-            )
+            shown_upstream(
+                settings
+            )  # raises what is wrong with them while they are read
+        self._forwarder: Forwarder | None = None
         self._delivering: asyncio.Task[None] | None = None
+        self._delivers = True  # until it is to stop
         self._stopping = asyncio.Event()
         self._ops_socket = ops_socket
         self._reap_every_s = reap_every_s
@@ -224,8 +231,8 @@ class Station:
         """Deliver and keep house; leaving it drains."""
         await self._look_at_redis()
         housekeeping = asyncio.create_task(self._housekeeping())
-        if self._forwarder is not None:
-            self._delivering = asyncio.create_task(self._forwarder.run())
+        if self._forward:
+            self._delivering = asyncio.create_task(self._deliver())
         try:
             async with self._ops():
                 yield
@@ -237,13 +244,35 @@ class Station:
             # Asked, not cancelled: redis-py may swallow a cancellation.
             self._stopping.set()
             await housekeeping
-            if self._upstream is not None:
-                await self._upstream.aclose()
             await self.queue.aclose()
 
+    async def _deliver(self) -> None:
+        """Deliver until the stop, and drain then."""
+        try:
+            await asyncio.to_thread(import_module, UPSTREAM)
+            if not self._delivers:
+                return
+            upstream = make_upstream(self.settings, self.queue)
+            self._forwarder = Forwarder(
+                queue=self.queue,
+                upstream=upstream,
+                concurrency=self.settings.concurrency,
+                drain_timeout_s=self.settings.drain_timeout,
+            )
+            try:
+                await self._forwarder.run()
+            finally:
+                await upstream.aclose()
+        except Exception:
+            # A fault of ours, and one that nobody sees while events are taken.
+            log.exception("delivery.failed")
+            os.kill(os.getpid(), signal.SIGTERM)
+
     async def _stop_delivering(self) -> None:
-        if self._forwarder is not None and self._delivering is not None:
+        self._delivers = False
+        if self._forwarder is not None:
             self._forwarder.stop()
+        if self._delivering is not None:
             await self._delivering
 
     # --- readiness ----------------------------------------------------------------
@@ -333,6 +362,7 @@ class Station:
                 stats=lambda: stats(self.queue),
             ),
             lifespan="off",
+            ws="none",  # whose library would be imported
             access_log=False,
             log_config=None,
             server_header=False,

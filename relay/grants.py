@@ -17,7 +17,7 @@ from pydantic import SecretStr
 
 from relay import __version__
 from relay.outcomes import Hold
-from relay.transport import Lost, Reply
+from relay.replies import Lost, Reply
 from relay.verdicts import Answer, Verdict, read_answer
 
 TOKEN_PATHS = {1: "/v1/oauth/token", 2: "/v2/oauth/token"}

@@ -24,6 +24,7 @@ from pydantic_settings import (
 )
 
 from relay.addresses import is_any, is_loopback
+from relay.cluster import cluster_url
 from relay.errors import SettingsError
 from relay.limits import DEFAULT_LIMITS
 from relay.values import (
@@ -60,7 +61,6 @@ from relay.values import (
     UpstreamOrigin,
     UpToDays,
     UpToHour,
-    parse_cluster_url,
 )
 
 PREFIX = "RELAY_"
@@ -361,7 +361,7 @@ class Settings(BaseSettings):
     @property
     def upstream_url(self) -> str:
         """The base URL of the Voucherify cluster."""
-        return parse_cluster_url(self.cluster)
+        return cluster_url(self.cluster)
 
     @property
     def digest_secret(self) -> str:

@@ -10,13 +10,14 @@ import socket
 from collections.abc import Mapping
 from contextlib import suppress
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 
 import aiohttp
 import httpx
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.connector import Connection
 from httpx_aiohttp import AiohttpTransport
+
+from relay.replies import Lost, Reply
 
 # Node's HTTP server closes an idle connection after 5 s (server.keepAliveTimeout).
 # A request that crosses this close is of unknown fate, so we let go first.
@@ -50,24 +51,6 @@ _CAUGHT = tuple(FAILURES)
 
 # Set once the server may know of the request that the current task sends.
 _WRITTEN: ContextVar[asyncio.Event] = ContextVar("relay_transport_written")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reply:
-    """A status that came, and what came with it within bounds."""
-
-    status: int
-    headers: dict[str, str] = field(repr=False)  # a token may be in it, or a person
-    body: bytes = field(repr=False)
-    whole: bool  # False: the body was cut, here or on its way
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lost:
-    """A request without an answer; not `written`: the server knows nothing of it."""
-
-    reason: str
-    written: bool
 
 
 class _Request(aiohttp.ClientRequest):

@@ -15,6 +15,7 @@ from urllib.parse import parse_qsl, urlsplit
 from pydantic import BeforeValidator, PlainSerializer, PlainValidator, SecretStr
 
 from relay.addresses import TrustedProxies, parse_host
+from relay.cluster import cluster_url
 from relay.limits import Limit, Window, parse_budget, parse_duration, parse_limits
 from relay.origins import AllowedOrigins, parse_upstream_origin
 
@@ -147,17 +148,9 @@ def _upstream_origin(text: str) -> str:
     return parse_upstream_origin(text) if text else ""
 
 
-def parse_cluster_url(text: str) -> str:
-    # httpx and its transport take half a second to import, and commands that only
-    # read, or an edge alone, can do without them.
-    from relay.voucherify import cluster_url
-
-    return cluster_url(text)
-
-
 def _cluster(text: str) -> str:
     if text not in CLUSTERS:
-        parse_cluster_url(text)
+        cluster_url(text)
     return text
 
 

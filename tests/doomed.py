@@ -23,10 +23,11 @@ import redis.asyncio
 from pydantic import SecretStr
 
 from relay import assembly, cli, forwarder
+from relay.cluster import Keys
 from relay.forwarder import Forwarder
 from relay.queue import Claimed, Queue, Result, Scripts, Tick
 from relay.verdicts import Answer
-from relay.voucherify import Keys, Voucherify
+from relay.voucherify import Voucherify
 from tests.support import eventually
 
 # What a takeover takes, at about a fortieth: 20 s without a heartbeat, a look-out each

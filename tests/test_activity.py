@@ -10,13 +10,14 @@ from pydantic import SecretStr
 
 from relay import activity
 from relay.activity import CUSTOM_EVENT, MOST, Asked
+from relay.cluster import Keys
 from relay.outcomes import Hold
 from relay.sandbox.app import Sandbox
 from relay.sandbox.config import SandboxConfig
 from relay.sandbox.faults import Fault
 from relay.sandbox.server import serve_sandbox
 from relay.verdicts import Answer, Verdict
-from relay.voucherify import Keys, Voucherify
+from relay.voucherify import Voucherify
 
 pytestmark = pytest.mark.anyio
 

@@ -36,8 +36,8 @@ LAYERS = [
     {"activity"},
     {"catalog", "signing", "transport", "verdicts"},
     {"events", "limits", "origins", "retry", "digests", "toml_lines", "browsers"},
-    {"addresses", "headers"},
-    {"errors", "outcomes", "logs", "findings"},
+    {"addresses", "cluster", "headers", "replies"},
+    {"collector", "errors", "outcomes", "logs", "findings"},
 ]
 LEVEL = {name: depth for depth, row in enumerate(LAYERS) for name in row}
 
@@ -48,6 +48,7 @@ PURE = {
     "answers",
     "browsers",
     "catalog",
+    "cluster",
     "digests",
     "edge",
     "events",
@@ -61,6 +62,7 @@ PURE = {
     "metrics",
     "origins",
     "policy",
+    "replies",
     "retry",
     "signing",
     "toml_lines",

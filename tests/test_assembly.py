@@ -1,7 +1,10 @@
 """A station is put together as the settings say, and tells whether it is fit."""
 
 import asyncio
+import signal
 import socket
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,8 +14,10 @@ import pytest
 from redis import Redis
 from structlog.testing import capture_logs
 
+from relay import assembly
 from relay.assembly import (
     REAP_EVERY_S,
+    UPSTREAM,
     Station,
     bind,
     http_url,
@@ -52,14 +57,18 @@ def settings(**given: object) -> Settings:
 
 @asynccontextmanager
 async def running(
-    redis_url: str, *, reap_every_s: float = 0.1, **given: object
+    redis_url: str,
+    *,
+    reap_every_s: float = 0.1,
+    forward: bool = False,
+    **given: object,
 ) -> AsyncIterator[tuple[Station, httpx.AsyncClient]]:
     """A station between start and stop, and a client of its ops listener."""
     ops = listen("127.0.0.1", 0)
     station = Station(
         settings(**given),
         redis_url=redis_url,
-        forward=False,
+        forward=forward,
         ops_socket=ops,
         reap_every_s=reap_every_s,
     )
@@ -183,6 +192,44 @@ def test_an_ipv6_address_is_put_in_brackets() -> None:
         pytest.skip("needs IPv6 on the loopback interface")
     with sock:
         assert http_url(sock) == f"http://[::1]:{sock.getsockname()[1]}"
+
+
+# Delivery
+
+
+def test_beacons_are_taken_without_the_client_that_delivers() -> None:
+    """A start does not wait for it to be imported, and an edge alone has none."""
+    code = "import relay.cli, relay.serving, sys; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert {"relay.protocol", "relay.forwarder"} < set(done.stdout.split())
+    assert {"httpx", "aiohttp", UPSTREAM}.isdisjoint(done.stdout.split())
+
+
+async def test_a_station_that_stops_at_once_delivers_nothing_and_leaves_nothing(
+    valkey_url: str, prefix: str
+) -> None:
+    async with running(valkey_url, redis_prefix=prefix, forward=True):
+        pass
+
+
+async def test_a_fault_that_ends_the_delivery_ends_the_process(
+    valkey_url: str, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would go on taking events, and nobody would see that none leaves."""
+    monkeypatch.setattr(assembly, "UPSTREAM", "relay.nowhere")
+    stopped, loop = asyncio.Event(), asyncio.get_running_loop()
+    was = signal.getsignal(signal.SIGTERM)
+    loop.add_signal_handler(signal.SIGTERM, stopped.set)
+    try:
+        with capture_logs() as logs:
+            async with running(valkey_url, redis_prefix=prefix, forward=True):
+                await stopped.wait()
+    finally:
+        loop.remove_signal_handler(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, was)
+    assert [entry for entry in logs if entry["event"] == "delivery.failed"]
 
 
 # Readiness

@@ -505,7 +505,7 @@ def test_the_delivery_table_is_that_of_the_code() -> None:
 
 
 def test_the_headers_for_voucherify_are_told() -> None:
-    [block] = re.findall(r"headers = \{(.*?)\}\n", read("relay/voucherify.py"), re.S)
+    [block] = re.findall(r"headers = \{(.*?)\}\n", read("relay/cluster.py"), re.S)
     sent = re.findall(r'^\s+"([\w-]+)":', block, re.MULTILINE)
     said = section("docs/protocol.md", "What Voucherify gets")
     told = first_column(said.partition("### Credentials")[0])

@@ -11,6 +11,7 @@ import pytest
 import redis.asyncio
 from pydantic import SecretStr
 
+from relay.cluster import Keys
 from relay.errors import QueueUnavailable
 from relay.forwarder import MARK_GOOD_S, Forwarder, Moment
 from relay.limits import parse_budget
@@ -20,7 +21,7 @@ from relay.sandbox.app import Sandbox
 from relay.sandbox.config import SandboxConfig
 from relay.sandbox.server import serve_sandbox
 from relay.verdicts import Answer, Verdict
-from relay.voucherify import Keys, Voucherify
+from relay.voucherify import Voucherify
 from tests.queues import Bench, Clock, event
 from tests.support import eventually
 

@@ -14,8 +14,9 @@ from starlette.types import Receive, Scope, Send
 from relay import __version__
 from relay.grants import EVENT_SCOPES, LIFE_MAX_S, LIFE_S, Grant, Issued, read_issued
 from relay.outcomes import Hold
+from relay.replies import Lost, Reply
 from relay.retry import HOUR_MS
-from relay.transport import Lost, Reply, Transport
+from relay.transport import Transport
 from relay.verdicts import Answer, Verdict
 from tests.support import serve
 

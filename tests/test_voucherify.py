@@ -25,10 +25,11 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 
 from relay import __version__, transport
+from relay.cluster import Api, Keys, cluster_url
 from relay.grants import Grant
 from relay.outcomes import Hold
 from relay.verdicts import Answer, Verdict
-from relay.voucherify import Api, Keys, Voucherify, cluster_url
+from relay.voucherify import Voucherify
 from tests.support import eventually
 from tests.test_verdicts import HEADERS, TABLE, check_bounds
 

@@ -18,6 +18,7 @@ from pydantic import SecretStr
 from structlog.testing import capture_logs
 
 from relay import oauth
+from relay.cluster import Api, Keys
 from relay.forwarder import Forwarder
 from relay.grants import EVENT_SCOPES, Grant
 from relay.limits import parse_budget
@@ -38,7 +39,7 @@ from relay.sandbox import (
     serve_sandbox,
 )
 from relay.verdicts import Verdict
-from relay.voucherify import Api, Keys, Voucherify
+from relay.voucherify import Voucherify
 from tests.integration.stack import Stack, stack
 from tests.queues import Bench, Clock, event
 from tests.support import eventually
