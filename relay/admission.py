@@ -40,7 +40,7 @@ log = structlog.get_logger()
 
 # Whoever waits for a result. Must not raise.
 Then = Callable[[Reply | Exception], None]
-Waiting = tuple[Packed, int, int, Then]  # with the number of its events, and its bytes
+Waiting = tuple[Packed, int, Then]  # with the number of its events
 
 
 class Commits(Protocol):
@@ -125,10 +125,10 @@ class Admission:
         ):
             raise QueueUnavailable("overloaded", "Too much at once: try again soon.")
         # As Redis will get it: it takes up less, and only once.
-        packed, size = pack_request(request)
-        self._waiting.append((packed, len(events), size, then))
+        packed = pack_request(request)
+        self._waiting.append((packed, len(events), then))
         self._waiting_events += len(events)
-        self._waiting_bytes += size
+        self._waiting_bytes += len(packed)
         if not self._scheduled and self._slots:
             # At the end of this turn of the loop: what was read together goes together.
             self._scheduled = True
@@ -147,17 +147,17 @@ class Admission:
         batch: list[Waiting] = []
         events = size = 0
         while self._waiting:
-            _, n, bytes_, _ = self._waiting[0]
+            packed, n, _ = self._waiting[0]
             full = (
                 len(batch) == MAX_BATCH_REQUESTS
                 or events + n > MAX_BATCH_EVENTS
-                or size + bytes_ > MAX_BATCH_BYTES
+                or size + len(packed) > MAX_BATCH_BYTES
             )
             if batch and full:
                 break
             batch.append(self._waiting.popleft())
             events += n
-            size += bytes_
+            size += len(packed)
         self._waiting_events -= events
         self._waiting_bytes -= size
         return batch
@@ -167,7 +167,7 @@ class Admission:
         answers: list[tuple[Waiting, Reply]] = []
         try:
             replies = await self._insist(
-                slot, [packed for packed, _, _, _ in batch], refused
+                slot, [packed for packed, _, _ in batch], refused
             )
             self._open_s = BREAKER_FIRST_S
             answers = list(zip(batch, replies, strict=True))
@@ -175,7 +175,7 @@ class Admission:
             self._fail(batch, error)
         except Exception as error:
             # A fault of the script or of ours: each request answers for itself.
-            for _, _, _, then in batch:
+            for _, _, then in batch:
                 then(error)
             self._refused.update(refused)  # written last, so certainly not counted
             log.exception("admission.failed")
@@ -184,7 +184,7 @@ class Admission:
             self._flush()
         # The next commit leaves before these are answered, so that Redis has work.
         await asyncio.sleep(0)
-        for (_, _, _, then), reply in answers:
+        for (_, _, then), reply in answers:
             then(reply)
 
     async def _insist(
@@ -229,7 +229,7 @@ class Admission:
         again_in_s = self._open_s
         self._open_until = self._loop.time() + again_in_s
         self._open_s = min(2 * again_in_s, BREAKER_MAX_S)
-        for _, _, _, then in (*batch, *self._waiting):
+        for _, _, then in (*batch, *self._waiting):
             then(error)
         self._waiting.clear()
         self._waiting_events = self._waiting_bytes = 0

@@ -163,7 +163,7 @@ Special = tuple[str, int, int, int, bool, str, int, int, bool]
 # the digest of the sender's address, and its events.
 Event = tuple[str, bool, str, str, str, str, int, str, Special | None]
 Request = tuple[str, list[Event]]
-Packed = msgspec.Raw  # a request as the commit script reads it
+Packed = bytes  # a request as the commit script reads it
 # Outcome, reason, name or "", how many. Without an outcome it only counts the reason.
 Refused = tuple[str, str, str, int]
 
@@ -214,13 +214,13 @@ class Scripts:
 
     def __init__(self, *, clock: str = SERVER_CLOCK) -> None:
         self.commit = Script("commit", clock=clock)
-        self.tick = Script("tick", clock=clock, parts=["budget"])
-        self.mark = Script("mark", clock=clock)
-        self.settle = Script("settle", clock=clock, parts=["budget"])
-        self.reap = Script("reap", clock=clock, parts=["budget"])
+        self.tick = Script("tick", clock=clock, parts=["flight", "budget"])
+        self.mark = Script("mark", clock=clock, parts=["flight"])
+        self.settle = Script("settle", clock=clock, parts=["flight", "budget"])
+        self.reap = Script("reap", clock=clock, parts=["flight", "budget"])
         self.forecast = Script("forecast", clock=clock)
         self.token = Script("token", clock=clock)
-        self.forget = Script("forget", clock=clock)
+        self.forget = Script("forget", clock=clock, parts=["flight"])
         self.hold = Script("hold", clock=clock)
         self.dead = Script("dead", clock=clock, parts=["letters"])
         self.replay = Script("replay", clock=clock, parts=["letters"])
@@ -322,7 +322,9 @@ class Queue:
                 slot,
                 seq,
                 self._commit_settings,
-                _pack(requests),
+                b"".join(
+                    [r if isinstance(r, bytes) else pack_request(r) for r in requests]
+                ),
                 _pack(refused),
             )
         return _decode_replies(cast("bytes", said))
@@ -729,10 +731,14 @@ def id_digest(event_id: str) -> str:
     return sha1(event_id.encode(), usedforsecurity=False).hexdigest()[:20]
 
 
-def pack_request(request: Request) -> tuple[Packed, int]:
-    """A request as a commit carries it, and how many bytes it is."""
-    packed = _pack(request)
-    return Packed(packed), len(packed)
+def pack_request(request: Request) -> Packed:
+    """A request as commit.lua reads it."""
+    address, events = request
+    parts: list[object] = [len(events), address]
+    for id_, given, customer, name, lane, delivery, ttl_ms, body, special in events:
+        waits = (id_, name, customer, delivery, ttl_ms, lane, body)
+        parts += (given, special, waits)
+    return _pack(parts)
 
 
 def consumer_name() -> str:

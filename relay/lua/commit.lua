@@ -9,9 +9,10 @@
 -- ARGV  1 slot (writer and lane of the writer)  2 sequence number in that slot
 --       3 settings, packed {queue_max, dedupe_ms, {{dimension, emission_us,
 --         tolerance_us, dry_run}...}}
---       4 requests, packed {{ip digest, {{id, given, customer digest, name, lane,
---         delivery, ttl_ms, body, special}...}}...}; `given`: the sender chose the
---         id; `special` nil or {name digest, coalesce_ms, quota, period_ms, dry_run,
+--       4 requests, one after the other, each packed {n, ip digest, given, special,
+--         event, given, special, event...}: n events, each as it waits in the queue
+--         (lib.lua), so that it need not be packed again; `given`: the sender chose
+--         the id; `special` nil or {name digest, coalesce_ms, quota, period_ms, dry_run,
 --         token digest, uses, life_ms, dry_run}: what is counted for this event alone
 --       5 refusals of the edge, packed {{outcome, reason, name, n}...}; without an
 --         outcome the reason is a counter's name, with `browser` one of the day's
@@ -19,7 +20,7 @@
 --       each request: the tightest limit (-1: none), and for each event 0 queued,
 --       1 duplicate, 2 no room, 3+d over limit d (from 0), -1 queued in the place of
 --       one that waited (coalesced), -2 its token is used up, -3 over the event's own limit. "STALE" for a straggler.
-local SLOT_MS = 3600000  -- longer than any relay goes on trying one commit
+local SLOT_MS = '3600000'  -- longer than any relay goes on trying one commit
 local MADE_ID_MS = '120000'  -- how long an id of the relay's own making is known
 local RATE_CLAMP_US = 5000000  -- a clock that stepped back blocks nobody for longer
 local MOST_ARGS = 4000  -- unpack has a limit near 8,000
@@ -33,72 +34,108 @@ if last then
 end
 
 local settings = cmsgpack.unpack(ARGV[3])
-local requests = cmsgpack.unpack(ARGV[4])
-local dims = settings[3]
-local dedupe_ms = string.format('%d', settings[2])  -- text, for a number is made one
+local limits = #settings[3]
+local dedupe_ms = text(settings[2])
+
+-- What each event says, by its number, and the last event of each request. Tables and
+-- strings are most of what a commit costs: nothing is made here that is not needed.
+local byte, unpack_limit = string.byte, cmsgpack.unpack_limit
+local ip, given, special, packed = {}, {}, {}, {}
+local id, name, customer, ttl, lane = {}, {}, {}, {}, {}
+local last_of = {}
+local function string_end(blob, at)  -- of the packed string that begins after `at`
+  local kind, b1, b2, b3, b4 = byte(blob, at + 1, at + 5)
+  if kind < 0xc0 then return at + 1 + kind - 0xa0 end
+  if kind == 0xd9 then return at + 2 + b1 end
+  if kind == 0xda then return at + 3 + 256 * b1 + b2 end
+  return at + 5 + 16777216 * b1 + 65536 * b2 + 256 * b3 + b4
+end
+local function read_requests(blob)
+  local at, size, e = 0, #blob, 0
+  while at < size do
+    local n, who, from, delivery
+    at, n, who = unpack_limit(blob, 2, at + (byte(blob, at + 1) == 0xdc and 3 or 1))
+    for _ = 1, n do
+      e = e + 1
+      ip[e] = who
+      from, given[e], special[e] = unpack_limit(blob, 2, at)
+      at, id[e], name[e], customer[e], delivery, ttl[e], lane[e] =
+        unpack_limit(blob, 6, from + 1)
+      at = string_end(blob, at)  -- the body's
+      packed[e] = string.sub(blob, from + 1, at)
+    end
+    last_of[#last_of + 1] = e
+  end
+  return e
+end
+local events = read_requests(ARGV[4])
 
 -- A limit's arrival times are a hash by whom it counts, which costs a third of a key
 -- for each. It has no end for each either: when it is as old as a time can matter, it
--- becomes the one before, which is read as well, and that one goes.
-local function limit_key(d) return P .. ':limit:' .. dims[d][1] end
-local function limit_before(d) return P .. ':limit:' .. dims[d][1] .. ':before' end
-local function whom(d, ip, customer)
-  if dims[d][1] == 'ip' then return ip end
-  if dims[d][1] == 'customer' then return customer end
-  return 'all'
-end
-local tat, dirty = {}, {}  -- by limit, then by whom
-for d = 1, #dims do
-  local names, known, changed = {}, {}, {}
-  for _, request in ipairs(requests) do
-    for _, event in ipairs(request[2]) do
-      local name = whom(d, request[1], event[3])
-      if not known[name] then names[#names + 1] = name; known[name] = now_us end
-    end
+-- becomes the one before, which is read as well, and that one goes. All this is by limit.
+local key, emission, tolerance, dry = {}, {}, {}, {}
+local line = {}  -- how far ahead a time may be now
+local began = {}  -- when the hash did, in ms
+local names, times, changed = {}, {}, {}  -- by place; the first place is `began`'s
+local place = {}  -- by event
+for d, limit in ipairs(settings[3]) do
+  key[d], emission[d], tolerance[d] = P .. ':limit:' .. limit[1], limit[2], limit[3]
+  dry[d], line[d] = limit[4], now_us + limit[3]
+  local whom = limit[1] == 'ip' and ip or limit[1] == 'customer' and customer
+  local places, count, known, time, cut, at = {}, 1, {''}, {}, {}, {}
+  for e = 1, events do
+    local who = whom and whom[e] or 'all'
+    local i = places[who]
+    if not i then count = count + 1; i = count; places[who], known[i] = i, who end
+    at[e] = i
   end
-  local longest = now_us + dims[d][3] + RATE_CLAMP_US
-  for from = 1, #names, MOST_ARGS do
-    local to = math.min(from + MOST_ARGS - 1, #names)
-    local young = call('HMGET', limit_key(d), unpack(names, from, to))
-    local old = call('HMGET', limit_before(d), unpack(names, from, to))
-    for i = from, to do
-      local name, value = names[i], young[i - from + 1] or old[i - from + 1]
+  local longest = line[d] + RATE_CLAMP_US
+  for from = 1, count, MOST_ARGS do
+    local to = math.min(from + MOST_ARGS - 1, count)
+    local young, old = call('HMGET', key[d], unpack(known, from, to)), nil
+    if from == 1 then began[d] = tonumber(young[1] or nil) end
+    for i = math.max(from, 2), to do
+      local value = young[i - from + 1]
+      if not value then
+        old = old or call('HMGET', key[d] .. ':before', unpack(known, from, to))
+        value = old[i - from + 1]
+      end
       local stored = value and tonumber(value) or 0
       if stored > longest then  -- kept so, or the next look would meet it again
-        known[name], changed[name] = longest, true
-      elseif stored > now_us then
-        known[name] = stored
+        stored, cut[i] = longest, true
+      end
+      time[i] = stored > now_us and stored or now_us
+    end
+  end
+  names[d], times[d], changed[d], place[d] = known, time, cut, at
+end
+-- Times are written to a hash that was begun no longer ago than they can matter.
+local function begin_limit(d)
+  local span_ms = math.ceil((tolerance[d] + RATE_CLAMP_US) / 1000)
+  local since = began[d] or now_ms - span_ms
+  if since <= now_ms and now_ms - since < span_ms then return end
+  if since <= now_ms and call('EXISTS', key[d]) == 1 then
+    call('UNLINK', key[d] .. ':before')
+    call('RENAME', key[d], key[d] .. ':before')
+  end
+  call('HSET', key[d], '', now_ms)
+  call('PEXPIRE', key[d], 2 * span_ms)
+end
+local function write_limit(d)
+  if not next(changed[d]) then return end
+  begin_limit(d)
+  local fields, n = {}, 0
+  for i = 2, #names[d] do
+    if changed[d][i] then
+      fields[n + 1], fields[n + 2] = names[d][i], text(times[d][i])
+      n = n + 2
+      if n >= MOST_ARGS then
+        call('HSET', key[d], unpack(fields))
+        fields, n = {}, 0
       end
     end
   end
-  tat[d], dirty[d] = known, changed
-end
--- Where times are written: in a hash that was begun no longer ago than they can matter.
-local function begin_limit(d)
-  local key = limit_key(d)
-  local span_ms = math.ceil((dims[d][3] + RATE_CLAMP_US) / 1000)
-  local since = tonumber(call('HGET', key, '') or now_ms - span_ms)
-  if since <= now_ms and now_ms - since < span_ms then return key end
-  if since <= now_ms and call('EXISTS', key) == 1 then
-    call('UNLINK', limit_before(d))
-    call('RENAME', key, limit_before(d))
-  end
-  call('HSET', key, '', now_ms)
-  call('PEXPIRE', key, 2 * span_ms)
-  return key
-end
-local function write_limit(d)
-  if not next(dirty[d]) then return end
-  local key, fields = begin_limit(d), {}
-  for name in pairs(dirty[d]) do
-    fields[#fields + 1] = name
-    fields[#fields + 1] = string.format('%d', tat[d][name])
-    if #fields >= MOST_ARGS then
-      call('HSET', key, unpack(fields))
-      fields = {}
-    end
-  end
-  if #fields > 0 then call('HSET', key, unpack(fields)) end
+  if n > 0 then call('HSET', key[d], unpack(fields)) end
 end
 
 local room = room_of(settings[1])
@@ -184,15 +221,17 @@ local function open_place(packed, event, until_ms)
   end
 end
 
-local function admit(request_ip, event)
-  local id, given, customer, name, lane, delivery, ttl_ms, body, special = unpack(event)
-  local packed = {id, name, customer, delivery, ttl_ms, lane, body}
+local charged = {}  -- by limit
+local function admit(e)
+  local id, name, customer, lane = id[e], name[e], customer[e], lane[e]
+  local given, special, packed = given[e], special[e], packed[e]
   if room <= 0 then note('no_room', 1) return 2, 0 end
   local wait, refuser = 0, 0
-  for d = 1, #dims do
-    local over = tat[d][whom(d, request_ip, customer)] + dims[d][2] - now_us - dims[d][3]
-    if over > 0 and dims[d][4] then
-      note('would_refuse:' .. dims[d][1], 1)
+  for d = 1, limits do
+    charged[d] = times[d][place[d][e]] + emission[d]
+    local over = charged[d] - line[d]
+    if over > 0 and dry[d] then
+      note('would_refuse:' .. settings[3][d][1], 1)
     elseif over > wait then
       wait, refuser = over, d
     end
@@ -200,12 +239,12 @@ local function admit(request_ip, event)
   count('received', 1)
   count_event(name, 'received', 1, 1)
   if refuser > 0 then
-    refuse(name, 'rate_limited', 'rate_limited_' .. dims[refuser][1])
+    refuse(name, 'rate_limited', 'rate_limited_' .. settings[3][refuser][1])
     return 2 + refuser, wait
   end
   local seen = P .. ':seen:' .. customer .. ':' .. id_digest(id)  -- another's is not taken
   local seen_ms = given and dedupe_ms or MADE_ID_MS
-  local charges, place, kept
+  local charges, coalesced, kept
   if special then
     -- Before what it may have used up itself: who sends an event again because the
     -- answer was lost must not hear that its token is spent.
@@ -215,14 +254,16 @@ local function admit(request_ip, event)
       return 1, 0
     end
     if special[2] > 0 then
-      packed[8], packed[9] = special[1], special[2]
-      place = {id = id, name = name, customer = customer, lane = lane, ttl = ttl_ms,
-        digest = special[1], window = special[2]}
-      kept = call('HMGET', coalesce_key(place), 'id', 'until', 'e')
+      local parts = cmsgpack.unpack(packed)
+      parts[8], parts[9] = special[1], special[2]
+      packed = cmsgpack.pack(parts)
+      coalesced = {id = id, name = name, customer = customer, lane = lane,
+        ttl = ttl[e], digest = special[1], window = special[2]}
+      kept = call('HMGET', coalesce_key(coalesced), 'id', 'until', 'e')
       if kept[1] then
         call('SET', seen, '', 'PX', seen_ms)
         local older = kept[3] and open(kept[3]) or {id = kept[1], customer = customer}
-        take_place(cmsgpack.pack(packed), place, older)
+        take_place(packed, coalesced, older)
         return -1, 0
       end
     end
@@ -242,50 +283,50 @@ local function admit(request_ip, event)
   if charges then
     for _, charge in ipairs(charges) do charge() end
   end
-  for d = 1, #dims do
-    local name = whom(d, request_ip, customer)
-    local charged = tat[d][name] + dims[d][2]
-    if charged - now_us <= dims[d][3] then  -- not over
-      tat[d][name], dirty[d][name] = charged, true
+  for d = 1, limits do
+    if charged[d] <= line[d] then  -- not over
+      local i = place[d][e]
+      times[d][i], changed[d][i] = charged[d], true
     end
   end
-  if place then
-    open_place(cmsgpack.pack(packed), place, kept[2])
+  if coalesced then
+    open_place(packed, coalesced, kept[2])
   else
-    append(lane, 'e', cmsgpack.pack(packed))
+    append(lane, 'e', packed)
   end
   room = room - 1
   return 0, 0
 end
 
-local function tightest(request)
+local function tightest(e)
   local least, which, reset = -1, -1, 0
-  local first = request[2][1]
-  for d = 1, #dims do
-    if not dims[d][4] then
-      local free = now_us + dims[d][3] - tat[d][whom(d, request[1], first[3])]
-      local left = math.max(0, math.floor(free / dims[d][2]))
+  for d = 1, limits do
+    if not dry[d] then
+      local free = line[d] - times[d][place[d][e]]
+      local part = free % emission[d]
+      local left = (free - part) / emission[d]
+      if left < 0 then left = 0 end
       if which < 0 or left < least then
-        local full = left * dims[d][2] >= dims[d][3]
-        least, which, reset = left, d - 1, full and 0 or dims[d][2] - free % dims[d][2]
+        least, which = left, d - 1
+        reset = left * emission[d] >= tolerance[d] and 0 or emission[d] - part
       end
     end
   end
   return which, least, reset
 end
 
-local reply = {}
-for r, request in ipairs(requests) do
-  local codes = {}
-  for _, event in ipairs(request[2]) do
-    local code, wait = admit(request[1], event)
-    codes[#codes + 1] = code
-    codes[#codes + 1] = wait
+local reply, first = {}, 1
+for r, last in ipairs(last_of) do
+  local codes, n = {}, 0
+  for e = first, last do
+    codes[n + 1], codes[n + 2] = admit(e)
+    n = n + 2
   end
-  local which, least, reset = tightest(request)
+  local which, least, reset = tightest(first)
   reply[r] = {which, least, reset, codes}
+  first = last + 1
 end
-for d = 1, #dims do write_limit(d) end
+for d = 1, limits do write_limit(d) end
 local browser_day = P .. ':browser:' .. string.sub(stamp(tonumber(clock[1])), 1, 8)
 for _, refusal in ipairs(cmsgpack.unpack(ARGV[5])) do
   local outcome, reason, name, n = unpack(refusal)
@@ -306,5 +347,5 @@ for _, refusal in ipairs(cmsgpack.unpack(ARGV[5])) do
 end
 write_counts()
 local packed = cmsgpack.pack(reply)
-call('SET', slot, seq .. ' ' .. packed, 'PX', SLOT_MS)
+call('SET', slot, ARGV[2] .. ' ' .. packed, 'PX', SLOT_MS)
 return packed

@@ -13,7 +13,6 @@ local LANES = {'high', 'normal', 'low'}
 -- are events of customers who have another one in flight.
 local STREAMS = {'high', 'normal', 'low', 'retry', 'high:behind', 'normal:behind',
   'low:behind'}
-local GROUP = 'relay'
 local OUTCOMES = {
   'delivered', 'rejected', 'expired', 'ambiguous', 'invalid', 'unauthenticated',
   'forbidden', 'rate_limited', 'duplicate', 'coalesced', 'dropped', 'internal',
@@ -22,12 +21,12 @@ local MINUTES_KEPT_MS, HOURS_KEPT_MS = 72 * 3600000, 400 * 86400000
 -- Names come from browsers: without a bound, one page could fill Redis with them.
 local NAMES_KEPT, NAMES_SHOWN, FIELDS_MAX, NAME_BYTES = 1000, 200, 4096, 64
 
-local function stream(lane) return P .. ':q:' .. lane end
--- The entries behind a lane that are one customer's, in their order; and the customers
--- of a lane whose next one may go, since none of theirs is in flight.
-local function behind(lane) return P .. ':q:' .. lane .. ':behind' end
-local function row(lane, customer) return P .. ':behind:' .. lane .. ':' .. customer end
-local function ready(lane) return P .. ':ready:' .. lane end
+local streams = {}
+local function stream(lane)
+  local key = streams[lane]
+  if not key then key = P .. ':q:' .. lane; streams[lane] = key end
+  return key
+end
 
 -- Civil date of a Unix day, proleptic Gregorian (H. Hinnant, "chrono-Compatible
 -- Low-Level Date Algorithms"); scripts have no os.date.
@@ -48,6 +47,10 @@ local function stamp(seconds)
     math.floor(rest / 3600), math.floor(rest % 3600 / 60))
 end
 
+-- A whole number for a command. As a number it would be written with the digits of a
+-- fraction in mind, which takes longer than most commands.
+local function text(n) return n == 1 and '1' or string.format('%d', n) end
+
 -- Counts are gathered while the script runs and written once at its end.
 local totals, windows = {}, {}
 local function count(field, n)  -- since ever, this minute and this hour
@@ -60,45 +63,51 @@ end
 
 -- The name to count an event under: its own while it is in the catalogue or among the
 -- most frequent, else `other`. Space-saving (Metwally et al. 2005) over NAMES_KEPT candidates.
-local labels = {}
 local function label(full, n)
-  if labels[full] then return labels[full] end
   local name = full
   if #name > NAME_BYTES then  -- cut before a whole character, told apart by a digest
     name = string.gsub(string.sub(name, 1, NAME_BYTES), '[\192-\255][\128-\191]*$', '')
       .. '~' .. string.sub(redis.sha1hex(full), 1, 8)
   end
-  if call('SISMEMBER', P .. ':catalog', full) == 1 then
-    labels[full] = name
-    return name
-  end
+  if call('SISMEMBER', P .. ':catalog', full) == 1 then return name end
   local key = P .. ':names'
   local known = tonumber(call('ZSCORE', key, name) or 0)
   local kept = call('ZCARD', key)
   if n > 0 then
     if known == 0 and kept >= NAMES_KEPT then
       local least = call('ZPOPMIN', key)
-      call('ZADD', key, least[2] + n, name)
+      call('ZADD', key, text(least[2] + n), name)
     else
-      call('ZINCRBY', key, n, name)
+      call('ZINCRBY', key, text(n), name)
     end
   end
   -- The first one that is not shown; whoever is only as frequent is not either, and
   -- a newcomer inherits a count that is not its own: else a flood of names that are
   -- seen once would show in turns.
-  local beyond = call('ZREVRANGE', key, NAMES_SHOWN, NAMES_SHOWN, 'WITHSCORES')
-  local shown = kept < NAMES_SHOWN or known > tonumber(beyond[2] or 0)
-  labels[full] = shown and name or 'other'
-  return labels[full]
+  local shown = kept < NAMES_SHOWN
+  if not shown then
+    local at = text(NAMES_SHOWN)
+    local beyond = call('ZREVRANGE', key, at, at, 'WITHSCORES')
+    shown = known > tonumber(beyond[2] or 0)
+  end
+  return shown and name or 'other'
 end
+local fields_of = {}  -- by an event's name: how its fields begin, and each by outcome
 local function count_event(name, outcome, n, fresh)
-  note('event:' .. label(name, fresh or 0) .. ':' .. outcome, n)
+  local fields = fields_of[name]
+  if not fields then
+    fields = {'event:' .. label(name, fresh or 0) .. ':'}
+    fields_of[name] = fields
+  end
+  local field = fields[outcome]
+  if not field then field = fields[1] .. outcome; fields[outcome] = field end
+  note(field, n)
 end
 
 local function write_window(key, kept_ms)
   local fresh = false
   for field, n in pairs(windows) do
-    if call('HINCRBY', key, field, n) == n then fresh = true end
+    if call('HINCRBY', key, field, text(n)) == n then fresh = true end
   end
   if not fresh then return end
   call('PEXPIRE', key, kept_ms)
@@ -112,7 +121,7 @@ local function write_window(key, kept_ms)
   end
 end
 local function write_counts()
-  for field, n in pairs(totals) do call('HINCRBY', P .. ':totals', field, n) end
+  for field, n in pairs(totals) do call('HINCRBY', P .. ':totals', field, text(n)) end
   if not next(windows) then return end
   local when = stamp(tonumber(clock[1]))
   write_window(P .. ':minute:' .. when, MINUTES_KEPT_MS)
@@ -125,7 +134,6 @@ end
 -- the event in Voucherify. One that a replay made
 -- has three more: the id of the event it repeats, the replay, and its part of that. One
 -- that is coalesced has, in their place, the digest of its name and the window in ms.
-local COALESCED_BYTE = 0x99  -- how a packed array of nine begins
 local function open(blob)
   local e = cmsgpack.unpack(blob)
   local event = {id = e[1], name = e[2], customer = e[3], delivery = e[4], ttl = e[5],
@@ -153,16 +161,6 @@ local function add(key, ...)
   if type(added) == 'table' then call('XADD', key, '*', ...) end
 end
 local function append(lane, ...) add(stream(lane), ...) end
--- What a place in the queue holds in truth: where events are coalesced, the last one.
--- Then also the key that goes with the place.
-local function held_there(packed)
-  if string.byte(packed) ~= COALESCED_BYTE then return packed end
-  local event = open(packed)
-  local key = coalesce_key(event)
-  local kept = call('HMGET', key, 'id', 'e')
-  if kept[1] ~= event.id then return packed end
-  return kept[2] or packed, key
-end
 -- How many more events may wait.
 local function room_of(queue_max)
   local room = queue_max - call('ZCARD', P .. ':delayed')
@@ -174,21 +172,6 @@ end
 -- it, v from when on it is to be looked for in Voucherify before anything else, in ms
 -- (0: nowhere). A first-time entry has only `e`; when it was received is its own id.
 local KNOWN = {'r', 'a', 's', 'k', 'd', 'v'}
-local function entry(id, fields)
-  local f = {}
-  for i = 1, #fields, 2 do f[fields[i]] = fields[i + 1] end
-  return {e = f.e, r = tonumber(f.r) or tonumber(string.match(id, '^%d+')),
-    a = tonumber(f.a) or 0, s = tonumber(f.s) or 0, k = tonumber(f.k) or -1,
-    d = tonumber(f.d) or 0, v = tonumber(f.v) or 0}
-end
-local function known(x)
-  local fields = {'e', x.e}
-  for _, name in ipairs(KNOWN) do
-    fields[#fields + 1] = name
-    fields[#fields + 1] = x[name]
-  end
-  return fields
-end
 local function fresh(packed, received_ms)
   return {e = packed, r = tonumber(received_ms), a = 0, s = 0, k = -1, d = 0, v = 0}
 end
@@ -197,50 +180,6 @@ local function postpone(x, due)
   local packed = {x.e}
   for _, name in ipairs(KNOWN) do packed[#packed + 1] = x[name] end
   call('ZADD', P .. ':delayed', due, cmsgpack.pack(packed))
-end
--- The other way round. One that an older version has put there has less.
-local function postponed(member)
-  local packed = cmsgpack.unpack(member)
-  local x = {e = packed[1], v = 0}
-  for i, name in ipairs(KNOWN) do x[name] = packed[i + 1] or x[name] end
-  return x
-end
-
-local function ours(lane, id, consumer)
-  local p = redis.pcall('XPENDING', stream(lane), GROUP, id, id, 1, consumer)
-  return not p.err and #p > 0  -- with its group everything in flight is lost
-end
--- One customer's events are in flight one at a time. Whoever had one, and has others
--- behind a lane, may go on there.
-local BUSY = P .. ':busy'
-local function let_go_on(customer)
-  for _, lane in ipairs(LANES) do
-    if call('EXISTS', row(lane, customer)) == 1 then
-      call('ZADD', ready(lane), 'NX', now_us, customer)
-    end
-  end
-end
-local function is_in_flight(place)
-  local lane, id = string.match(place, '^(.+):(%d+%-%d+)$')
-  local pending = redis.pcall('XPENDING', stream(lane), GROUP, id, id, 1)
-  return not pending.err and #pending > 0
-end
-local function is_busy(customer, own)
-  local place = call('HGET', BUSY, customer)
-  if not place or place == own then return false end
-  if is_in_flight(place) then return true end
-  call('HDEL', BUSY, customer)  -- its group was lost, and what was in flight with it
-  return false
-end
-local function remove(lane, id, customer)
-  call('XACK', stream(lane), GROUP, id)
-  call('XDEL', stream(lane), id)
-  call('HDEL', P .. ':sent', lane .. ':' .. id)
-  if not customer then return end
-  local place = call('HGET', BUSY, customer)
-  if place and place ~= lane .. ':' .. id then return end
-  if place then call('HDEL', BUSY, customer) end
-  let_go_on(customer)
 end
 
 -- What stands for a sender's id in a key, for somebody may put a name into it; the same
@@ -270,42 +209,4 @@ local function tell(event, told)
   call('DEL', key)
   call('RPUSH', key .. ':outcome', cjson.encode(told))
   call('PEXPIRE', key .. ':outcome', 60000)
-end
-
--- Keep the whole event until an operator replays or drops it.
-local function bury(x, event, outcome, reason, info)
-  add(P .. ':dead', 'id', event.id, 'event', event.name,
-    'outcome', outcome, 'reason', reason, 'status', info.status or '',
-    'error', info.error or '', 'attempts', x.a, 'received_ms', x.r,
-    'doubted_ms', x.v > 0 and x.v or '',
-    'lane', event.lane, 'delivery', event.delivery, 'customer', event.customer,
-    'ttl_ms', event.ttl, 'replay_of', event.replay_of or '', 'body', event.body)
-  count(outcome, 1)
-  note('reason:' .. reason, 1)
-  count_event(event.name, outcome, 1)
-  tell(event, {outcome = outcome, reason = reason, upstream_status = info.status,
-    error = info.error})
-end
-
--- Its time is over. What may have arrived before is not simply too old.
-local function expire(x, event, reason, info)
-  bury(x, event, x.v > 0 and 'ambiguous' or 'expired', reason, info)
-end
-
--- It may have arrived and must not be sent twice. If it can be looked up and was not yet,
--- it is, a while later: Voucherify takes its time to show what it has taken.
-local function doubt(x, event, place, reason, info, look_up_ms)
-  -- Longer with each attempt, up to five times: each is two calls.
-  local due = now_ms + math.floor(look_up_ms * math.min(5, 1 + x.a / 4))
-  local can = x.v == 0 and string.sub(event.delivery, 1, 7) == 'verify:'
-  if not can or due > x.r + event.ttl then
-    bury(x, event, 'ambiguous', reason, info)
-    return
-  end
-  -- From when it was taken, for there may have been a call before that Redis has
-  -- forgotten; and not from later than the call, if the clock has stepped back since.
-  x.v = math.min(x.r, now_ms, tonumber(call('HGET', P .. ':sent', place) or now_ms))
-  x.a = x.a + 1
-  note('doubted', 1)
-  postpone(x, due)
 end
