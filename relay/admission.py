@@ -18,6 +18,7 @@ from secrets import token_hex
 from typing import Protocol
 
 import structlog
+from msgspec import Struct
 
 from relay.errors import QueueUnavailable
 from relay.outcomes import Outcome
@@ -50,6 +51,39 @@ class Commits(Protocol):
         self, slot: str, seq: int, requests: Sequence[Packed], refused: list[Refused]
     ) -> list[Reply]: ...
 
+    def commit_now(
+        self,
+        slot: str,
+        seq: int,
+        requests: Sequence[Packed],
+        refused: list[Refused],
+        then: Callable[[list[Reply] | None], None],
+    ) -> bool: ...
+
+
+class _Commit(Struct, gc=False):
+    """Requests on their way to Redis, under one number."""
+
+    admission: "Admission"
+    slot: str
+    seq: int
+    batch: list[Waiting]
+    refused: Counter[tuple[str, str, str]]  # what rides along
+
+    @property
+    def requests(self) -> list[Packed]:
+        return [packed for packed, _, _ in self.batch]
+
+    @property
+    def counts(self) -> list[Refused]:
+        return [(*kind, n) for kind, n in self.refused.items()]
+
+    def told(self, replies: list[Reply] | None) -> None:
+        if replies is None or len(replies) != len(self.batch):
+            self.admission.insist(self, sent=True)
+        else:
+            self.admission.answered(self, replies)
+
 
 class Admission:
     """The way into the queue for one process."""
@@ -68,6 +102,7 @@ class Admission:
         self._unsure: dict[str, tuple[int, list[Refused]]] = {}
         self._scheduled = False
         self._running: set[asyncio.Task[None]] = set()
+        self._all_back: asyncio.Event | None = None  # once somebody waits for that
         self._open_until = 0.0
         self._open_s = BREAKER_FIRST_S
         self._flusher: asyncio.Task[None] | None = None
@@ -83,9 +118,10 @@ class Admission:
             self._flusher.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._flusher
+        self._all_back = asyncio.Event()
         self._flush(final=True)
-        while self._running:
-            await asyncio.wait(self._running)
+        if len(self._slots) < IN_FLIGHT:
+            await self._all_back.wait()
 
     def refuse(self, outcome: Outcome, reason: str, name: str) -> None:
         """Count an event that the edge refused."""
@@ -129,7 +165,11 @@ class Admission:
         self._waiting.append((packed, len(events), then))
         self._waiting_events += len(events)
         self._waiting_bytes += len(packed)
-        if not self._scheduled and self._slots:
+        if not self._slots:
+            return
+        if len(self._waiting) >= MAX_BATCH_REQUESTS:
+            self._flush()  # Redis need not wait for what is still to be read
+        elif not self._scheduled:
             # At the end of this turn of the loop: what was read together goes together.
             self._scheduled = True
             self._loop.call_soon(self._flush)
@@ -139,9 +179,37 @@ class Admission:
         while self._slots and (
             self._waiting or (final and (self._refused or self._unsure))
         ):
-            task = asyncio.create_task(self._commit(self._slots.pop(), self._batch()))
-            self._running.add(task)
-            task.add_done_callback(self._running.discard)
+            self._send(self._slots.pop(), self._batch())
+
+    def _send(self, slot: str, batch: list[Waiting]) -> None:
+        """Commit some requests: at once, or where that cannot be, in a task."""
+        refused, self._refused = self._refused, Counter()
+        self._seq += 1
+        commit = _Commit(self, slot, self._seq, batch, refused)
+        sent = slot not in self._unsure and self._queue.commit_now(
+            slot, commit.seq, commit.requests, commit.counts, commit.told
+        )
+        if not sent:
+            self.insist(commit)
+
+    def answered(self, commit: "_Commit", replies: list[Reply]) -> None:
+        self._open_s = BREAKER_FIRST_S
+        # The next commit leaves before these are answered, so that Redis has work.
+        self._give_back(commit.slot)
+        for (_, _, then), reply in zip(commit.batch, replies, strict=True):  # as many
+            then(reply)
+
+    def _give_back(self, slot: str) -> None:
+        self._slots.append(slot)
+        self._flush()
+        if self._all_back is not None and len(self._slots) == IN_FLIGHT:
+            self._all_back.set()
+
+    def insist(self, commit: "_Commit", *, sent: bool = False) -> None:
+        """Go on with a commit in a task: `sent` may have come through."""
+        task = asyncio.create_task(self._go_on(commit, sent=sent))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
 
     def _batch(self) -> list[Waiting]:
         batch: list[Waiting] = []
@@ -162,52 +230,45 @@ class Admission:
         self._waiting_bytes -= size
         return batch
 
-    async def _commit(self, slot: str, batch: list[Waiting]) -> None:
-        refused, self._refused = self._refused, Counter()
-        answers: list[tuple[Waiting, Reply]] = []
+    async def _go_on(self, commit: "_Commit", *, sent: bool) -> None:
         try:
-            replies = await self._insist(
-                slot, [packed for packed, _, _ in batch], refused
-            )
-            self._open_s = BREAKER_FIRST_S
-            answers = list(zip(batch, replies, strict=True))
+            replies = await self._insist(commit, sent=sent)
+            if len(replies) != len(commit.batch):
+                msg = f"{len(replies)} replies to {len(commit.batch)} requests"
+                raise ValueError(msg)
         except QueueUnavailable as error:
-            self._fail(batch, error)
+            self._fail(commit.batch, error)
         except Exception as error:
             # A fault of the script or of ours: each request answers for itself.
-            for _, _, then in batch:
+            for _, _, then in commit.batch:
                 then(error)
-            self._refused.update(refused)  # written last, so certainly not counted
+            # Written last, so certainly not counted.
+            self._refused.update(commit.refused)
             log.exception("admission.failed")
-        finally:
-            self._slots.append(slot)
-            self._flush()
-        # The next commit leaves before these are answered, so that Redis has work.
-        await asyncio.sleep(0)
-        for (_, _, then), reply in answers:
-            then(reply)
+        else:
+            self.answered(commit, replies)
+            return
+        self._give_back(commit.slot)
 
-    async def _insist(
-        self, slot: str, requests: list[Packed], refused: Counter[tuple[str, str, str]]
-    ) -> list[Reply]:
+    async def _insist(self, commit: "_Commit", *, sent: bool) -> list[Reply]:
         """Send one commit until it is answered, under one number: it counts once."""
-        self._seq += 1
-        seq, pause = self._seq, FIRST_PAUSE_S
-        counts: list[Refused] = [(*kind, n) for kind, n in refused.items()]
+        pause = FIRST_PAUSE_S
         deadline = self._loop.time() + self._deadline_s
-        sent = False
+        slot, seq = commit.slot, commit.seq
         while True:
             try:
                 await self._make_sure(slot)
                 sent = True
-                return await self._queue.commit(slot, seq, requests, counts)
+                return await self._queue.commit(
+                    slot, seq, commit.requests, commit.counts
+                )
             except QueueUnavailable as error:
                 hopeless = error.reason in ("redis_full", "redis_auth")
                 if hopeless or self._loop.time() + pause > deadline:
                     if sent:
-                        self._unsure[slot] = (seq, counts)
+                        self._unsure[slot] = (seq, commit.counts)
                     else:
-                        self._refused.update(refused)
+                        self._refused.update(commit.refused)
                     raise
                 log.warning("admission.commit_repeated", reason=error.reason)
             await asyncio.sleep(pause)

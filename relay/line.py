@@ -7,6 +7,8 @@ at once.
 """
 
 import asyncio
+from collections.abc import Callable
+from functools import partial
 from typing import cast
 
 import hiredis
@@ -18,6 +20,9 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 _MORE = object()  # for an answer whose rest is still to come
+
+# Whoever waits for what Redis says, or for what failed. Must not raise.
+Then = Callable[[object], None]
 
 
 def is_reset(error: RuntimeError) -> bool:
@@ -46,7 +51,11 @@ class _Wire(asyncio.Protocol):
             replyError=BaseParser.parse_error,
             notEnoughData=_MORE,
         )
+        # Or what is to be sent next would wait for all that is to be read now.
+        self._transport.set_write_buffer_limits(high=0)
         self._answer: asyncio.Future[object] | None = None
+        self._then: Then | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self.lost = False
 
     def ask(self, command: bytes) -> asyncio.Future[object]:
@@ -55,10 +64,30 @@ class _Wire(asyncio.Protocol):
         self._answer = self.loop.create_future()  # not before: nobody would wait for it
         return self._answer
 
+    def ask_then(self, command: bytes, timeout: float, then: Then) -> None:  # of a call
+        """The same for who needs no future: `then` gets what is said, once."""
+        self._transport.write(command)
+        self._then = then
+        self._timer = self.loop.call_later(timeout, self.give_up)
+
+    def _tell(self, said: object) -> bool:
+        """Give it to whoever waits for it, if anybody does."""
+        if self._then is not None and self._timer is not None:
+            then, self._then = self._then, None
+            self._timer.cancel()
+            then(said)
+        elif self._answer is None or self._answer.done():
+            return False
+        elif isinstance(said, Exception):
+            self._answer.set_exception(said)
+        else:
+            self._answer.set_result(said)
+        return True
+
     def fail(self, error: Exception) -> None:
-        """End the call that waits, if one does."""
-        if self._answer is not None and not self._answer.done():
-            self._answer.set_exception(error)
+        """End the call that waits, if one does: its answer would be the next one's."""
+        self.lost = True
+        self._tell(error)
 
     def give_up(self) -> None:
         self.fail(broken.TimeoutError("no answer in time"))
@@ -75,20 +104,17 @@ class _Wire(asyncio.Protocol):
             said = error
         if said is _MORE:
             return
-        if self._answer is None or self._answer.done():
+        if isinstance(said, broken.InvalidResponse) or self._reader.has_data():
+            self._end()  # more than was asked for, and nobody's
+        if not self._tell(said):
             # To nothing that was asked: what comes next could be taken for an answer.
-            self.lost = True
-            self._transport.abort()
-        elif isinstance(said, Exception):
-            self._answer.set_exception(said)
-        else:
-            self._answer.set_result(said)
-        if self._reader.has_data():  # more than was asked for, and nobody's
-            self.lost = True
-            self._transport.abort()
+            self._end()
+
+    def _end(self) -> None:
+        self.lost = True
+        self._transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.lost = True
         self.fail(broken.ConnectionError(f"the connection ended: {exc or 'closed'}"))
 
 
@@ -107,6 +133,28 @@ class Line:
             protocol=2,  # in which a server says nothing unasked
         )
         self._idle: list[_Wire] = []
+        self._ended: list[_Wire] = []  # to be closed
+
+    def ask(self, *command: str | bytes | int, then: Then) -> bool:
+        """Send a command at once, if a connection is idle; gives whether one was.
+
+        `then` gets what Redis says, bytes undecoded, or an exception of redis-py's.
+        """
+        if not self._idle or self._idle[-1].lost:
+            return False
+        wire = self._idle.pop()
+        packed = hiredis.pack_command(command)  # type: ignore[arg-type]  # any length
+        try:
+            wire.ask_then(packed, self._timeout, partial(self._told, wire, then))
+        except RuntimeError:  # uvloop's, of one that has ended: nothing was sent
+            wire.lost = True
+            self._ended.append(wire)
+            return False
+        return True
+
+    def _told(self, wire: _Wire, then: Then, said: object) -> None:
+        (self._ended if wire.lost else self._idle).append(wire)
+        then(said)
 
     async def call(self, *command: str | bytes | int) -> object:
         """Send a command, and give what Redis says, bytes undecoded."""
@@ -136,11 +184,17 @@ class Line:
 
     async def aclose(self) -> None:
         """Close what is idle; nobody may be calling any more."""
-        while self._idle:
-            await self._idle.pop().close()
+        self._ended += self._idle
+        self._idle = []
+        await self._close_ended()
         await self._client.aclose()
 
+    async def _close_ended(self) -> None:
+        while self._ended:
+            await self._ended.pop().close()
+
     async def _connected(self) -> _Wire:
+        await self._close_ended()
         pool = self._client.connection_pool
         made = cast("AbstractConnection", pool.make_connection())  # type: ignore[no-untyped-call]  # redis-py's
         try:

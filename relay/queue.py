@@ -15,6 +15,7 @@ import time
 from collections.abc import (
     AsyncIterator,
     Awaitable,
+    Callable,
     Iterable,
     Iterator,
     Mapping,
@@ -36,7 +37,7 @@ from relay import forecast
 from relay.errors import QueueUnavailable, RelayError
 from relay.forecast import LANES, Facts
 from relay.limits import Limit, Window
-from relay.line import Line, is_reset
+from relay.line import Line, Then, is_reset
 
 STALE_MS = 20_000  # no heartbeat for so long: dead; with the look-out below < 30 s
 LOOK_UP_MS = 120_000  # from an event of unknown fate until it is looked up
@@ -208,6 +209,13 @@ class Script:
         except broken.NoScriptError:
             return await line.call("EVAL", self.source, 1, prefix, *args)
 
+    def now(
+        self, line: Line, prefix: str, *args: str | bytes | int, then: Then
+    ) -> bool:
+        """The same at once, if that can be; a server that does not know it is told no
+        more."""
+        return line.ask("EVALSHA", self.sha, 1, prefix, *args, then=then)
+
 
 class Scripts:
     """All scripts. A simulation hands in its own clock, as Lua for lib.lua."""
@@ -315,19 +323,41 @@ class Queue:
         refused: list[Refused],
     ) -> list[Reply]:
         """Take requests in. Sending the same slot and number again is harmless."""
+        packed = [r if isinstance(r, bytes) else pack_request(r) for r in requests]
+        args = self._commit(slot, seq, packed, refused)
         with _translated():
-            said = await self._scripts.commit.on(
-                self._hot,
-                self.prefix,
-                slot,
-                seq,
-                self._commit_settings,
-                b"".join(
-                    [r if isinstance(r, bytes) else pack_request(r) for r in requests]
-                ),
-                _pack(refused),
-            )
+            said = await self._scripts.commit.on(self._hot, self.prefix, *args)
         return _decode_replies(cast("bytes", said))
+
+    def commit_now(
+        self,
+        slot: str,
+        seq: int,
+        requests: Sequence[Packed],
+        refused: list[Refused],
+        then: Callable[[list[Reply] | None], None],
+    ) -> bool:
+        """The same at once and without a task, if a connection is idle.
+
+        Gives whether it was sent. `then` gets the replies; None where nobody knows what
+        came of it, and `commit` is to find out, under the same number.
+        """
+
+        def told(said: object) -> None:
+            replies = None
+            if isinstance(said, bytes):
+                with suppress(msgspec.MsgspecError):  # `commit` will say it
+                    replies = _decode_replies(said)
+            then(replies)
+
+        args = self._commit(slot, seq, requests, refused)
+        return self._scripts.commit.now(self._hot, self.prefix, *args, then=told)
+
+    def _commit(
+        self, slot: str, seq: int, requests: Sequence[Packed], refused: list[Refused]
+    ) -> tuple[str, int, bytes, bytes, bytes]:
+        settings = self._commit_settings
+        return slot, seq, settings, b"".join(requests), _pack(refused)
 
     async def tick(
         self,
