@@ -6,6 +6,7 @@ Voucherify would have said, made only of what the sender itself has sent.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Protocol
 
 import msgspec
@@ -87,6 +88,12 @@ class Dialect(Protocol):
         """Nothing was taken; `entries` is empty for a refusal of the whole request."""
         ...
 
+    def turn_away(
+        self, reason: str, detail: str, event_id: str, *, request_id: bytes
+    ) -> tuple[Header, bytes]:
+        """The same of one event that a limit refuses, which is what floods are told."""
+        ...
+
 
 _json = msgspec.json.Encoder().encode
 
@@ -105,6 +112,8 @@ class Beacons:
         # Ids have no letters that JSON would write in another way.
         _, taken = self.accept([{"id": "%", "status": "queued"}], None)
         self._before, self._after = taken.split(b"%")
+        # By reason and detail, whose seconds have an end: those of a limit's window.
+        self._turned_away = lru_cache(maxsize=256)(self._about)
 
     def accept(
         self, entries: Sequence[Entry], event: Event | None
@@ -134,6 +143,21 @@ class Beacons:
         elif entries:
             body["id"] = entries[0]["id"]
         return PROBLEM, _json({**body, **self._more})
+
+    def turn_away(
+        self, reason: str, detail: str, event_id: str, *, request_id: bytes
+    ) -> tuple[Header, bytes]:
+        del request_id  # it is in its header
+        before, after = self._turned_away(reason, detail)
+        return PROBLEM, before + event_id.encode() + after
+
+    def _about(self, reason: str, detail: str) -> tuple[bytes, bytes]:
+        """A problem document of a limit, before an event's id and after it."""
+        _, body = self.refuse(
+            429, reason, detail, request_id=b"", entries=[{"id": "\x00"}]
+        )
+        before, after = body.split(_json("\x00")[1:-1])
+        return before, after
 
 
 class Official:
@@ -201,6 +225,12 @@ class Official:
             "reason": reason,
         }
         return JSON, _json(body)
+
+    def turn_away(
+        self, reason: str, detail: str, event_id: str, *, request_id: bytes
+    ) -> tuple[Header, bytes]:
+        del event_id
+        return self.refuse(429, reason, detail, request_id=request_id)
 
 
 # Keys and messages of Voucherify where it has them (its guide "Errors").

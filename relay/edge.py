@@ -308,8 +308,11 @@ class Edge:
         `limit` is the tightest one: its index, what is left, microseconds until more.
         """
         head, refused = admitted.head, admitted.refused
-        if len(fates) == 1 and fates[0] is TAKEN and admitted.alone and limit:
-            return self._taken(admitted, *limit)
+        if len(fates) == 1 and limit and admitted.alone:
+            if fates[0] is TAKEN:
+                return self._taken(admitted, *limit)
+            if fates[0].status == Outcome.RATE_LIMITED:
+                return self._turned_away(admitted, fates[0], *limit)
         entries = [
             _entry(event_id, fate)
             for event_id, fate in zip(admitted.ids, fates, strict=True)
@@ -354,6 +357,25 @@ class Edge:
         if which >= 0:
             own.append(self._tightest(which, left, reset_us))
         response = Response(status, own, body, head.form.accepted)
+        response.notes = head.sender.notes
+        return response
+
+    def _turned_away(
+        self, admitted: Admitted, fate: Fate, which: int, left: int, reset_us: int
+    ) -> Response:
+        """The answer that a flood gets, which must cost no more than to take it."""
+        head = admitted.head
+        kind, body = self._dialect.turn_away(
+            fate.reason, fate.detail, admitted.ids[0], request_id=head.request_id
+        )
+        own = [self._tightest(which, left, reset_us)] if which >= 0 else []
+        own += [
+            (b"retry-after", b"%d" % fate.retry_after),
+            *self._limits_told,
+            kind,
+            (b"x-request-id", head.request_id),
+        ]
+        response = Response(429, own, body, head.form.cors)
         response.notes = head.sender.notes
         return response
 

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Protocol
 
 import structlog
@@ -119,6 +120,8 @@ class Track:
         self.body_timeout_s = body_timeout_s
         self._max_waiters = max_waiters
         self._clock = clock
+        # Of one limit the seconds are few; of an event's own they may be many.
+        self._limited = lru_cache(maxsize=256)(self._fate_of)
         self._waiters = 0
         # One at a time: the queue's connections for such things are few, and the
         # operator's questions go through the same ones.
@@ -348,15 +351,15 @@ class Track:
         """What admission says of each event of a request."""
         codes = reply.codes
         return [
-            _FATES.get(code) or self._limited(code, wait_us)
+            _FATES.get(code) or self._limited(code, max(1, -(-wait_us // 1_000_000)))
             for code, wait_us in zip(codes[::2], codes[1::2], strict=True)
         ]
 
-    def _limited(self, code: int, wait_us: int) -> Fate:
+    def _fate_of(self, code: int, seconds: int) -> Fate:
+        """Over a limit, for so long."""
         dimension = (
             "event" if code == EVENT_LIMITED else self._limits[code - LIMITED].dimension
         )
-        seconds = max(1, -(-wait_us // 1_000_000))
         return Fate(
             status=str(Outcome.RATE_LIMITED),
             reason=f"rate_limited_{dimension}",

@@ -762,6 +762,33 @@ def test_the_usual_answer_is_the_one_that_is_made_at_length(
     assert (short.refusals, short.notes) == (long.refusals, long.notes)
 
 
+@pytest.mark.parametrize("dialect", [Beacons(), Beacons(disabled=True), Official()])
+@pytest.mark.parametrize("limit", [(0, 0, 1_500_000), (-1, -1, 0)])
+@pytest.mark.parametrize("seconds", [2, 61])
+def test_the_answer_that_a_flood_gets_is_the_one_that_is_made_at_length(
+    dialect: Dialect, limit: tuple[int, int, int], seconds: int
+) -> None:
+    edge = make(dialect=dialect)
+    head = accepted((b"content-type", b"application/json"), edge=edge)
+    fate = Fate(
+        status="rate_limited",
+        reason="rate_limited_ip",
+        detail=f'Too many "events": try again in {seconds} s.',
+        retry_after=seconds,
+    )
+    for event_id in ("a-Z_9", "b"):
+        body = json.dumps(EVENT | {"id": event_id}).encode()
+        admission = edge.body(head, body, now=0)
+        assert isinstance(admission, Admitted)
+        short = edge.answer(admission, [fate], limit)
+        admission.report = {}  # there is more to say than of one event
+        assert not admission.alone
+        long = edge.answer(admission, [fate], limit)
+        assert (short.status, short.body) == (long.status, long.body)
+        assert short.headers == long.headers
+        assert (short.refusals, short.notes) == (long.refusals, long.notes)
+
+
 @pytest.mark.parametrize("fates", [[TAKEN], [TAKEN] * 3])
 def test_no_event_goes_without_an_answer_of_its_own(fates: list[Fate]) -> None:
     with pytest.raises(ValueError, match=r"shorter|longer"):
