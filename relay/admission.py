@@ -57,7 +57,7 @@ class Commits(Protocol):
         seq: int,
         requests: Sequence[Packed],
         refused: list[Refused],
-        then: Callable[[list[Reply] | None], None],
+        then: Callable[[list[Reply] | QueueUnavailable | None], None],
     ) -> bool: ...
 
 
@@ -69,6 +69,7 @@ class _Commit(Struct, gc=False):
     seq: int
     batch: list[Waiting]
     refused: Counter[tuple[str, str, str]]  # what rides along
+    deadline: float  # of trying, by the loop's clock
 
     @property
     def requests(self) -> list[Packed]:
@@ -78,11 +79,13 @@ class _Commit(Struct, gc=False):
     def counts(self) -> list[Refused]:
         return [(*kind, n) for kind, n in self.refused.items()]
 
-    def told(self, replies: list[Reply] | None) -> None:
-        if replies is None or len(replies) != len(self.batch):
-            self.admission.insist(self, sent=True)
-        else:
-            self.admission.answered(self, replies)
+    def told(self, said: list[Reply] | QueueUnavailable | None) -> None:
+        if isinstance(said, list) and len(said) == len(self.batch):
+            self.admission.answered(self, said)
+            return
+        if isinstance(said, QueueUnavailable):
+            log.warning("admission.commit_repeated", reason=said.reason)
+        self.admission.insist(self, sent=True)
 
 
 class Admission:
@@ -185,7 +188,8 @@ class Admission:
         """Commit some requests: at once, or where that cannot be, in a task."""
         refused, self._refused = self._refused, Counter()
         self._seq += 1
-        commit = _Commit(self, slot, self._seq, batch, refused)
+        deadline = self._loop.time() + self._deadline_s
+        commit = _Commit(self, slot, self._seq, batch, refused, deadline)
         sent = slot not in self._unsure and self._queue.commit_now(
             slot, commit.seq, commit.requests, commit.counts, commit.told
         )
@@ -196,7 +200,7 @@ class Admission:
         self._open_s = BREAKER_FIRST_S
         # The next commit leaves before these are answered, so that Redis has work.
         self._give_back(commit.slot)
-        for (_, _, then), reply in zip(commit.batch, replies, strict=True):  # as many
+        for (_, _, then), reply in zip(commit.batch, replies, strict=True):
             then(reply)
 
     def _give_back(self, slot: str) -> None:
@@ -252,9 +256,7 @@ class Admission:
 
     async def _insist(self, commit: "_Commit", *, sent: bool) -> list[Reply]:
         """Send one commit until it is answered, under one number: it counts once."""
-        pause = FIRST_PAUSE_S
-        deadline = self._loop.time() + self._deadline_s
-        slot, seq = commit.slot, commit.seq
+        slot, seq, pause = commit.slot, commit.seq, FIRST_PAUSE_S
         while True:
             try:
                 await self._make_sure(slot)
@@ -264,7 +266,7 @@ class Admission:
                 )
             except QueueUnavailable as error:
                 hopeless = error.reason in ("redis_full", "redis_auth")
-                if hopeless or self._loop.time() + pause > deadline:
+                if hopeless or self._loop.time() + pause > commit.deadline:
                     if sent:
                         self._unsure[slot] = (seq, commit.counts)
                     else:

@@ -335,20 +335,22 @@ class Queue:
         seq: int,
         requests: Sequence[Packed],
         refused: list[Refused],
-        then: Callable[[list[Reply] | None], None],
+        then: Callable[[list[Reply] | QueueUnavailable | None], None],
     ) -> bool:
         """The same at once and without a task, if a connection is idle.
 
-        Gives whether it was sent. `then` gets the replies; None where nobody knows what
-        came of it, and `commit` is to find out, under the same number.
+        Gives whether it was sent. `then` gets the replies, or why there are none; None
+        where that is no matter of Redis' being away, and `commit` will say or mend it.
         """
 
         def told(said: object) -> None:
-            replies = None
+            result: list[Reply] | QueueUnavailable | None = None
             if isinstance(said, bytes):
-                with suppress(msgspec.MsgspecError):  # `commit` will say it
-                    replies = _decode_replies(said)
-            then(replies)
+                with suppress(msgspec.MsgspecError):
+                    result = _decode_replies(said)
+            elif isinstance(said, broken.RedisError) and (reason := _reason(said)):
+                result = QueueUnavailable(reason, _SAYS[reason])
+            then(result)
 
         args = self._commit(slot, seq, requests, refused)
         return self._scripts.commit.now(self._hot, self.prefix, *args, then=told)

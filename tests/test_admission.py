@@ -57,13 +57,15 @@ class Line:
         seq: int,
         requests: Sequence[Packed],
         refused: list[Refused],
-        then: Callable[[list[Reply] | None], None],
+        then: Callable[[list[Reply] | QueueUnavailable | None], None],
     ) -> bool:
         """As the queue has it, once its first connection is idle."""
 
         async def commit() -> None:
             try:
                 said = await self.commit(slot, seq, requests, refused)
+            except QueueUnavailable as error:
+                then(error)
             except Exception:
                 then(None)  # it is asked again, and says it then
             else:

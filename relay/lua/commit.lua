@@ -73,14 +73,16 @@ local events = read_requests(ARGV[4])
 -- A limit's arrival times are a hash by whom it counts, which costs a third of a key
 -- for each. It has no end for each either: when it is as old as a time can matter, it
 -- becomes the one before, which is read as well, and that one goes. All this is by limit.
-local key, emission, tolerance, dry = {}, {}, {}, {}
+local key, before, emission, tolerance, dry = {}, {}, {}, {}, {}
 local line = {}  -- how far ahead a time may be now
 local began = {}  -- when the hash did, in ms
 local names, times, changed = {}, {}, {}  -- by place; the first place is `began`'s
 local place = {}  -- by event
 for d, limit in ipairs(settings[3]) do
-  key[d], emission[d], tolerance[d] = P .. ':limit:' .. limit[1], limit[2], limit[3]
-  dry[d], line[d] = limit[4], now_us + limit[3]
+  key[d] = P .. ':limit:' .. limit[1]
+  before[d] = P .. ':limit:' .. limit[1] .. ':before'
+  emission[d], tolerance[d], dry[d] = limit[2], limit[3], limit[4]
+  line[d] = now_us + limit[3]
   local whom = limit[1] == 'ip' and ip or limit[1] == 'customer' and customer
   local places, count, known, time, cut, at = {}, 1, {''}, {}, {}, {}
   for e = 1, events do
@@ -97,7 +99,7 @@ for d, limit in ipairs(settings[3]) do
     for i = math.max(from, 2), to do
       local value = young[i - from + 1]
       if not value then
-        old = old or call('HMGET', key[d] .. ':before', unpack(known, from, to))
+        old = old or call('HMGET', before[d], unpack(known, from, to))
         value = old[i - from + 1]
       end
       local stored = value and tonumber(value) or 0
@@ -115,8 +117,8 @@ local function begin_limit(d)
   local since = began[d] or now_ms - span_ms
   if since <= now_ms and now_ms - since < span_ms then return end
   if since <= now_ms and call('EXISTS', key[d]) == 1 then
-    call('UNLINK', key[d] .. ':before')
-    call('RENAME', key[d], key[d] .. ':before')
+    call('UNLINK', before[d])
+    call('RENAME', key[d], before[d])
   end
   call('HSET', key[d], '', now_ms)
   call('PEXPIRE', key[d], 2 * span_ms)

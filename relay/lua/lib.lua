@@ -92,15 +92,18 @@ local function label(full, n)
   end
   return shown and name or 'other'
 end
-local fields_of = {}  -- by an event's name: how its fields begin, and each by outcome
+local fields_of = {}  -- by an event's name: its label, and by outcome its field
 local function count_event(name, outcome, n, fresh)
   local fields = fields_of[name]
   if not fields then
-    fields = {'event:' .. label(name, fresh or 0) .. ':'}
+    fields = {label(name, fresh or 0)}
     fields_of[name] = fields
   end
   local field = fields[outcome]
-  if not field then field = fields[1] .. outcome; fields[outcome] = field end
+  if not field then
+    field = 'event:' .. fields[1] .. ':' .. outcome
+    fields[outcome] = field
+  end
   note(field, n)
 end
 
