@@ -118,6 +118,85 @@ async def test_what_comes_after_an_answer_is_not_the_next_ones(line: Line) -> No
     assert kept not in line._idle
 
 
+async def asked_now(line: Line, *command: str | int) -> object:
+    """What is said to a command that is sent at once."""
+    said: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+    assert line.ask(*command, then=said.set_result)
+    return await said
+
+
+def never(said: object) -> None:
+    pytest.fail(f"nothing was sent, and {said!r} came")
+
+
+async def test_a_command_is_sent_at_once_where_a_connection_is_idle(line: Line) -> None:
+    assert not line.ask("PING", then=never)  # there is none yet
+    await line.call("PING")
+    [kept] = line._idle
+    assert await asked_now(line, "ECHO", "x") == b"x"
+    assert isinstance(await asked_now(line, "NO", "SUCH"), broken.ResponseError)
+    assert line._idle == [kept]
+
+    # Whoever is told may ask the next thing.
+    said: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+
+    def again(_: object) -> None:
+        assert line.ask("ECHO", "z", then=said.set_result)
+
+    assert line.ask("ECHO", "y", then=again)
+    assert not line.ask("PING", then=never)  # it is in use
+    assert await said == b"z"
+    assert line._idle == [kept]
+
+
+async def test_who_asked_at_once_is_told_of_an_end(line: Line, redis_url: str) -> None:
+    await line.call("PING")
+    [kept] = line._idle
+    number = cast("int", await line.call("CLIENT", "ID"))
+    killer = Line(redis_url, timeout=5.0)
+    told = asyncio.create_task(asked_now(line, "BLPOP", "nothing-comes-here", 5))
+
+    async def killed() -> bool:
+        return await killer.call("CLIENT", "KILL", "ID", number) == 1
+
+    await eventually(killed)
+    assert isinstance(await told, broken.ConnectionError)
+    assert line._idle == []
+    assert not line.ask("PING", then=never)
+    assert await line.call("ECHO", "x") == b"x"
+    assert line._ended == []  # it has been closed
+    assert kept not in line._idle
+    await killer.aclose()
+
+
+async def test_who_asked_at_once_waits_in_bounds(redis_url: str) -> None:
+    line = Line(redis_url, timeout=0.2)
+    try:
+        await line.call("PING")
+        said = await asked_now(line, "BLPOP", "nothing-comes-here", 1)
+        assert isinstance(said, broken.TimeoutError)
+        # What comes late would be the next one's.
+        assert line._idle == []
+        assert await line.call("ECHO", "x") == b"x"
+    finally:
+        await line.aclose()
+
+
+async def test_what_comes_after_an_answer_at_once_is_nobodys(line: Line) -> None:
+    await line.call("PING")
+    [kept] = line._idle
+    told = asyncio.create_task(asked_now(line, "BLPOP", "nothing-comes-here", 5))
+
+    async def sent() -> bool:
+        return kept._then is not None
+
+    await eventually(sent)
+    kept.data_received(b"+mine\r\n+whose\r\n")
+    assert await told == b"mine"
+    assert line._idle == []
+    assert await line.call("ECHO", "x") == b"x"
+
+
 async def test_what_is_said_unasked_is_no_answer(line: Line) -> None:
     await line.call("PING")
     [kept] = line._idle
