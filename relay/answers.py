@@ -50,6 +50,14 @@ class Response(Struct, gc=False):
         return [*self.always.pairs, *self.own]
 
 
+class Written(Struct, gc=False):
+    """An answer as it is written; it stands for no refusals."""
+
+    status: int
+    always: Block
+    rest: bytes  # its own headers, the empty line and the body
+
+
 # What an answer says of one event: id, status, and why not.
 Entry = dict[str, object]
 

@@ -16,7 +16,16 @@ from secrets import token_hex
 from msgspec import Struct
 
 from relay.addresses import TrustedProxies, address_key, client_address
-from relay.answers import DONE, JSON, STATUS, Beacons, Dialect, Entry, Response
+from relay.answers import (
+    DONE,
+    JSON,
+    STATUS,
+    Beacons,
+    Dialect,
+    Entry,
+    Response,
+    Written,
+)
 from relay.browsers import counts, read_report
 from relay.digests import Digests
 from relay.events import Event, Invalid, Refused, read_body, read_event, upstream_body
@@ -40,6 +49,9 @@ _PREFLIGHT_S = b"7200"
 # A 401 names a scheme (RFC 9110, 11.6.1); browsers show no dialog for one that they
 # do not know.
 _CHALLENGE = (b"www-authenticate", b"Relay-Token")
+
+_REST = b"content-length: %d\r\n\r\n%b"
+_UNTOLD = b"x-request-id: %b\r\n" + _REST  # where no limit is enforced
 
 # For the commit script: id, whether the sender chose it, customer digest, name, lane,
 # delivery rule, ttl in ms, the body for Voucherify, what else is to be counted.
@@ -107,8 +119,8 @@ class Admitted(Struct, gc=False):
         Many wait for their answers at once, and what they hold must find room in the
         processor's cache.
         """
-        request, self.events = self.request, []
-        return request
+        events, self.events = self.events, []
+        return self.head.address, events
 
 
 class Edge:
@@ -129,6 +141,11 @@ class Edge:
         self._dialect = dialect or Beacons()
         self._proxies = proxies
         self._names = [f'"{limit.dimension}"'.encode() for limit in limits]
+        # The own headers of the usual answer, by the limit that is told; none is last.
+        self._usual = [
+            b"x-request-id: %%b\r\nratelimit: %b;r=%%d;t=%%d\r\n%b" % (name, _REST)
+            for name in self._names
+        ]
         # Empty when nothing is enforced: a field of no members is not sent (RFC 9651).
         told = policy_header(limits).encode()
         self._limits_told = [(b"ratelimit-policy", told)] if told else []
@@ -308,11 +325,9 @@ class Edge:
         `limit` is the tightest one: its index, what is left, microseconds until more.
         """
         head, refused = admitted.head, admitted.refused
-        if len(fates) == 1 and limit and admitted.alone:
-            if fates[0] is TAKEN:
-                return self._taken(admitted, *limit)
-            if fates[0].status == Outcome.RATE_LIMITED:
-                return self._turned_away(admitted, fates[0], *limit)
+        limited = len(fates) == 1 and fates[0].status == Outcome.RATE_LIMITED
+        if limited and limit and admitted.alone:
+            return self._turned_away(admitted, fates[0], *limit)
         entries = [
             _entry(event_id, fate)
             for event_id, fate in zip(admitted.ids, fates, strict=True)
@@ -347,18 +362,22 @@ class Edge:
             response.browser = counts(head.agent, admitted.report, statuses)
         return response
 
-    def _taken(
+    def taken(
         self, admitted: Admitted, which: int, left: int, reset_us: int
-    ) -> Response:
-        """The answer that nearly all get, with nothing looked at that they lack."""
+    ) -> Written:
+        """The answer for one event that was queued: the one that nearly all get.
+
+        It says what `answer` says, and is written in one go.
+        """
         head = admitted.head
         status, body = self._dialect.take(admitted.ids[0], admitted.said)
-        own = [(b"x-request-id", head.request_id)]
-        if which >= 0:
-            own.append(self._tightest(which, left, reset_us))
-        response = Response(status, own, body, head.form.accepted)
-        response.notes = head.sender.notes
-        return response
+        if which < 0:
+            rest = _UNTOLD % (head.request_id, len(body), body)
+        else:
+            until = -(-reset_us // 1_000_000)
+            usual = self._usual[which]
+            rest = usual % (head.request_id, left, until, len(body), body)
+        return Written(status, head.form.accepted, rest)
 
     def _turned_away(
         self, admitted: Admitted, fate: Fate, which: int, left: int, reset_us: int

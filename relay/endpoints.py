@@ -21,7 +21,7 @@ from msgspec import Struct
 from starlette.types import Receive, Scope, Send
 
 from relay.admission import Admission
-from relay.answers import Response
+from relay.answers import Response, Written
 from relay.edge import MAX_BODY_BYTES, TAKEN, Admitted, Edge, Fate, Head
 from relay.errors import QueueUnavailable
 from relay.headers import Fields, fields_of
@@ -52,6 +52,7 @@ MAX_DISCARDED_BYTES = 1024 * 1024
 log = structlog.get_logger()
 
 _CLOSE = (b"connection", b"close")
+_ONE_QUEUED = [QUEUED, 0]
 _DUPLICATE = Fate(status="duplicate")
 _COALESCED = Fate(status="coalesced")
 _USED_UP = Fate(
@@ -93,7 +94,7 @@ class _Submitted(Struct, gc=False):
 
     track: "Track"
     admitted: Admitted
-    answer: Callable[[Response], None]
+    answer: Callable[[Response | Written], None]
 
     def settle(self, result: Reply | Exception) -> None:
         self.track.settle(self.admitted, self.answer, result)
@@ -165,7 +166,7 @@ class Track:
         fields: Fields,
         peer: str | None,
         body: bytes,
-        answer: Callable[[Response], None],
+        answer: Callable[[Response | Written], None],
     ) -> None:
         """Take a POST whose body is at hand, and call `answer` once, now or later.
 
@@ -196,7 +197,7 @@ class Track:
         return response
 
     def _submit(
-        self, head: Head, body: bytes, answer: Callable[[Response], None]
+        self, head: Head, body: bytes, answer: Callable[[Response | Written], None]
     ) -> Response | None:
         """Have the events taken in; an answer at once, where there is one."""
         if _over(len(body)):
@@ -218,21 +219,29 @@ class Track:
     def settle(
         self,
         admitted: Admitted,
-        answer: Callable[[Response], None],
+        answer: Callable[[Response | Written], None],
         result: Reply | Exception,
     ) -> None:
         """Answer for events that the queue has judged."""
+        said: Response | Written
         try:
             if isinstance(result, Reply):
-                response = self._answer(admitted, self._fates(result), result)
+                if result.codes == _ONE_QUEUED and admitted.alone:
+                    limit = result.dimension, result.remaining, result.reset_us
+                    said = self._edge.taken(admitted, *limit)
+                    for note in admitted.head.sender.notes:
+                        self._admission.note(note)
+                else:
+                    said = self._answer(admitted, self._fates(result), result)
             elif isinstance(result, QueueUnavailable):
-                response = self._away(admitted, result)
+                said = self._away(admitted, result)
             else:
                 raise result
         except Exception:
-            response = self._failed(admitted.head)
-        self._count(response)
-        answer(response)
+            said = self._failed(admitted.head)
+        if isinstance(said, Response):
+            self._count(said)
+        answer(said)
 
     def _failed(self, head: Head | None) -> Response:
         """Our bug, which must not take the connection down unseen."""

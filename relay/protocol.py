@@ -13,7 +13,7 @@ from typing import cast
 from msgspec import Struct
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from relay.answers import Response
+from relay.answers import Response, Written
 from relay.edge import MAX_BODY_BYTES
 from relay.endpoints import Track
 from relay.headers import Fields, fields_of
@@ -30,6 +30,7 @@ _ASKS_MORE = frozenset({b"prefer", b"transfer-encoding", b"expect"})
 _receive = HttpToolsProtocol.data_received  # `super()` is made anew at each call
 _NO_FIELDS: Fields = {}
 _CLOSE = (b"connection", b"close")
+_CLOSES = b"connection: close\r\n"
 
 
 class Beacon(Struct):
@@ -46,7 +47,7 @@ class Beacon(Struct):
     response_complete: bool = False
     message_event: _Nobody = _NOBODY
 
-    def answer(self, said: Response) -> None:
+    def answer(self, said: Response | Written) -> None:
         """Answer it, once; what comes later is for nobody."""
         self.protocol.say(self, said)
 
@@ -57,6 +58,7 @@ class BeaconProtocol(HttpToolsProtocol):
     # Of the last headers that uvicorn adds to each answer, and how they are written.
     _usual: tuple[object, bytes] = (None, b"")
     _tracks: Mapping[bytes, Track] = {}
+    _peer: str | None = None
     # Since when nothing is asked on this connection, by the loop's clock, and the timer
     # that looks at it. uvicorn sets one for each request, which costs a microsecond.
     _idle_since = 0.0
@@ -65,6 +67,7 @@ class BeaconProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
         self._tracks = getattr(self.app, "beacons", {})
+        self._peer = self.client[0] if self.client else None
 
     def on_message_begin(self) -> None:
         # Here too: what came in one piece with another begins after that is answered.
@@ -131,7 +134,7 @@ class BeaconProtocol(HttpToolsProtocol):
         # Nobody needs them while the answer is waited for, and what all connections
         # hold meanwhile must find room in the processor's cache.
         cycle.fields, cycle.body, self.headers = _NO_FIELDS, b"", []
-        cycle.track.take(fields, self._peer(), body, cycle.answer)
+        cycle.track.take(fields, self._peer, body, cycle.answer)
 
     def data_received(self, data: bytes) -> None:
         self._idle_since = 0.0
@@ -154,41 +157,42 @@ class BeaconProtocol(HttpToolsProtocol):
             # It knows this connection, as this does it: neither would go by itself.
             self.cycle = None  # type: ignore[assignment]  # as uvicorn begins with
 
-    def _peer(self) -> str | None:
-        return self.client[0] if self.client else None
-
     def _stop_waiting(self, cycle: Beacon) -> None:
         if not cycle.disconnected and not cycle.response_complete:
-            self.say(cycle, cycle.track.too_slow(cycle.fields, self._peer()))
+            self.say(cycle, cycle.track.too_slow(cycle.fields, self._peer))
 
-    def say(self, cycle: Beacon, said: Response) -> None:
+    def say(self, cycle: Beacon, said: Response | Written) -> None:
         """Write the answer, and leave the connection to uvicorn again."""
         if cycle.disconnected or cycle.response_complete:
             return
         cycle.response_complete = True
+        closes = not cycle.keep_alive
         parts = [STATUS_LINE[said.status], self._usual_headers(), said.always.wire]
-        for name, value in said.own:
-            parts += (name, b": ", value, b"\r\n")
-        told = _CLOSE in said.own
-        if not cycle.keep_alive and not told:
-            parts.append(b"connection: close\r\n")
-        parts += (b"\r\n", said.body)
+        if isinstance(said, Written):
+            if closes:
+                parts.append(_CLOSES)
+            parts.append(said.rest)
+        else:
+            if _CLOSE in said.own:
+                closes = True
+            elif closes:
+                parts.append(_CLOSES)
+            for name, value in said.own:
+                parts += (name, b": ", value, b"\r\n")
+            parts += (b"\r\n", said.body)
         self.transport.write(b"".join(parts))
-        if told or not cycle.keep_alive:
+        if closes:
             self.transport.close()
         if self.pipeline or self.transport.is_closing():
             self.on_response_complete()
         else:
             self.server_state.total_requests += 1
-            self._wait_for_the_next()
-
-    def _wait_for_the_next(self) -> None:
-        """Let the connection idle for as long as uvicorn would."""
-        self._idle_since = self.loop.time()
-        if self._idle_timer is None:
-            self._idle_timer = self.loop.call_later(
-                self.timeout_keep_alive, self._look_whether_idle
-            )
+            # The connection may idle for as long as uvicorn would let it.
+            self._idle_since = self.loop.time()
+            if self._idle_timer is None:
+                self._idle_timer = self.loop.call_later(
+                    self.timeout_keep_alive, self._look_whether_idle
+                )
 
     def _look_whether_idle(self) -> None:
         self._idle_timer = None
