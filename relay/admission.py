@@ -22,7 +22,7 @@ from msgspec import Struct
 
 from relay.errors import QueueUnavailable
 from relay.outcomes import Outcome
-from relay.queue import Packed, Refused, Reply, Request, pack_request
+from relay.queue import Packed, Refused, Reply, Request, Told, pack_request
 
 # Beyond it a commit gains little, and while Redis has a large one the edge has nothing
 # to do: two of so many requests keep both busy. A page's batch costs the edge less.
@@ -57,7 +57,7 @@ class Commits(Protocol):
         seq: int,
         requests: Sequence[Packed],
         refused: list[Refused],
-        then: Callable[[list[Reply] | QueueUnavailable | None], None],
+        then: Told,
     ) -> bool: ...
 
 

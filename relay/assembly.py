@@ -206,9 +206,7 @@ class Station:
         self.notes: dict[str, Check] = {}  # what else `/readyz` has to say
         self._forward = forward
         if forward:
-            shown_upstream(
-                settings
-            )  # raises what is wrong with them while they are read
+            shown_upstream(settings)  # raises here what would end the delivery later
         self._forwarder: Forwarder | None = None
         self._delivering: asyncio.Task[None] | None = None
         self._delivers = True  # until it is to stop

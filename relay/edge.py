@@ -141,7 +141,7 @@ class Edge:
         self._dialect = dialect or Beacons()
         self._proxies = proxies
         self._names = [f'"{limit.dimension}"'.encode() for limit in limits]
-        # The own headers of the usual answer, by the limit that is told; none is last.
+        # What the usual answer has of its own, by the limit that it tells.
         self._usual = [
             b"x-request-id: %%b\r\nratelimit: %b;r=%%d;t=%%d\r\n%b" % (name, _REST)
             for name in self._names

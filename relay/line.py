@@ -64,7 +64,7 @@ class _Wire(asyncio.Protocol):
         self._answer = self.loop.create_future()  # not before: nobody would wait for it
         return self._answer
 
-    def ask_then(self, command: bytes, timeout: float, then: Then) -> None:  # of a call
+    def ask_then(self, command: bytes, timeout: float, then: Then) -> None:
         """The same for who needs no future: `then` gets what is said, once."""
         self._transport.write(command)
         self._then = then

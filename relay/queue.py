@@ -169,6 +169,9 @@ Packed = bytes  # a request as the commit script reads it
 Refused = tuple[str, str, str, int]
 
 EVENT_LIMITED, USED_UP, COALESCED = -3, -2, -1
+# Whoever waits for a commit: its replies, or why there are none.
+Told = Callable[[list[Reply] | QueueUnavailable | None], None]
+
 QUEUED, DUPLICATE, NO_ROOM, LIMITED = 0, 1, 2, 3  # LIMITED + index of the limit
 
 _decode_tick = msgspec.msgpack.Decoder(Tick).decode
@@ -212,8 +215,7 @@ class Script:
     def now(
         self, line: Line, prefix: str, *args: str | bytes | int, then: Then
     ) -> bool:
-        """The same at once, if that can be; a server that does not know it is told no
-        more."""
+        """The same at once, if that can be; who does not know it is not told it."""
         return line.ask("EVALSHA", self.sha, 1, prefix, *args, then=then)
 
 
@@ -335,7 +337,7 @@ class Queue:
         seq: int,
         requests: Sequence[Packed],
         refused: list[Refused],
-        then: Callable[[list[Reply] | QueueUnavailable | None], None],
+        then: Told,
     ) -> bool:
         """The same at once and without a task, if a connection is idle.
 

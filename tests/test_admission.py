@@ -17,7 +17,7 @@ from relay.admission import (
 )
 from relay.errors import QueueUnavailable
 from relay.outcomes import Outcome
-from relay.queue import Packed, Queue, Refused, Reply, Request
+from relay.queue import Packed, Queue, Refused, Reply, Request, Told
 from tests.queues import Bench, Clock, event
 from tests.support import eventually
 
@@ -57,7 +57,7 @@ class Line:
         seq: int,
         requests: Sequence[Packed],
         refused: list[Refused],
-        then: Callable[[list[Reply] | QueueUnavailable | None], None],
+        then: Told,
     ) -> bool:
         """As the queue has it, once its first connection is idle."""
 
