@@ -14,7 +14,8 @@ from secrets import token_hex
 
 from bench.beacons import body
 from relay.limits import DEFAULT_LIMITS, parse_limits
-from relay.queue import Event, Queue, Request
+from relay.queue import Queue
+from relay.queueable import Request, Waiting
 
 IN_FLIGHT = 2
 TTL_MS = 72 * 3_600_000  # the default of RELAY_TTL
@@ -53,18 +54,16 @@ async def fill(url: str, events: int, batch: int) -> dict[str, float]:
 def one(n: int, nonce: str) -> Request:
     """A request of one event, as the edge hands it on."""
     digest = f"{n:018x}"
-    event: Event = (
-        f"{nonce}-{n:010}",
-        True,
-        f"{nonce}{n:06x}",  # of the length of a digest
-        "cart_abandoned",
-        "normal",
-        "at_least_once",
-        TTL_MS,
-        body(n, nonce=nonce).decode(),
-        None,
+    event = Waiting(
+        id=f"{nonce}-{n:010}",
+        name="cart_abandoned",
+        customer=f"{nonce}{n:06x}",  # of the length of a digest
+        delivery="at_least_once",
+        ttl_ms=TTL_MS,
+        lane="normal",
+        body=body(n, nonce=nonce).decode(),
     )
-    return (digest, [event])
+    return (digest, [(True, None, event)])
 
 
 def main() -> None:

@@ -67,6 +67,8 @@ class TrustedProxies:
         self._runs = tuple(run for run in runs if run.endswith("."))
         self._single = frozenset(run for run in runs if not run.endswith("."))
         self._contains = lru_cache(CACHE)(self._search)
+        # Asked for every request, and of one peer or a few.
+        self.trusts = lru_cache(CACHE)(self._trusts)
 
     def __reduce__(self) -> tuple[type[Self], tuple[tuple[str, ...]]]:
         return type(self), (self.networks,)  # a cache cannot go to another process
@@ -80,7 +82,7 @@ class TrustedProxies:
     def __str__(self) -> str:
         return ", ".join(self.networks)
 
-    def trusts(self, address: str | None) -> bool:
+    def _trusts(self, address: str | None) -> bool:
         """Whether this peer may say who the client is; `None` is the unix socket."""
         if not self.networks:
             return False

@@ -22,7 +22,8 @@ from msgspec import Struct
 
 from relay.errors import QueueUnavailable
 from relay.outcomes import Outcome
-from relay.queue import Packed, Refused, Reply, Request, Told, pack_request
+from relay.queue import Packed, Refused, Reply, Told, pack_request
+from relay.queueable import Request
 
 # Beyond it a commit gains little, and while Redis has a large one the edge has nothing
 # to do: two of so many requests keep both busy. A page's batch costs the edge less.
@@ -157,16 +158,16 @@ class Admission:
             raise QueueUnavailable(
                 "redis_unreachable", "The queue is away: try again soon."
             )
-        events = request[1]
+        n = len(request[1])
         if (
-            self._waiting_events + len(events) > MAX_WAITING_EVENTS
+            self._waiting_events + n > MAX_WAITING_EVENTS
             or self._waiting_bytes > MAX_WAITING_BYTES
         ):
             raise QueueUnavailable("overloaded", "Too much at once: try again soon.")
         # As Redis will get it: it takes up less, and only once.
         packed = pack_request(request)
-        self._waiting.append((packed, len(events), then))
-        self._waiting_events += len(events)
+        self._waiting.append((packed, n, then))
+        self._waiting_events += n
         self._waiting_bytes += len(packed)
         if not self._slots:
             return
@@ -216,7 +217,17 @@ class Admission:
         task.add_done_callback(self._running.discard)
 
     def _batch(self) -> list[Waiting]:
-        batch: list[Waiting] = []
+        """What shares the next commit: all that waits, where that is not too much."""
+        if (
+            len(self._waiting) <= MAX_BATCH_REQUESTS
+            and self._waiting_events <= MAX_BATCH_EVENTS
+            and self._waiting_bytes <= MAX_BATCH_BYTES
+        ):
+            batch = [*self._waiting]
+            self._waiting.clear()
+            self._waiting_events = self._waiting_bytes = 0
+            return batch
+        batch = []
         events = size = 0
         while self._waiting:
             packed, n, _ = self._waiting[0]

@@ -49,13 +49,18 @@ class Response(Struct, gc=False):
     def headers(self) -> list[Header]:
         return [*self.always.pairs, *self.own]
 
+    @property
+    def text(self) -> bytes:
+        """As it is written: its headers, the empty line and the body."""
+        own = [b"%b: %b\r\n" % header for header in self.own]
+        return b"".join((self.always.wire, *own, b"\r\n", self.body))
+
 
 class Written(Struct, gc=False):
-    """An answer as it is written; it stands for no refusals."""
+    """An answer in one piece; it stands for no refusals."""
 
     status: int
-    always: Block
-    rest: bytes  # its own headers, the empty line and the body
+    text: bytes
 
 
 # What an answer says of one event: id, status, and why not.

@@ -17,7 +17,7 @@ import msgspec
 from relay.digests import Digests
 from relay.endpoints import Outcomes
 from relay.errors import QueueUnavailable
-from relay.queue import Event
+from relay.queueable import Waiting
 
 MAX_FOLLOWED = 200  # events of all visitors together, the newest
 MAX_SHOWN = 2_000  # characters of what was sent
@@ -43,7 +43,7 @@ class Followed:
     """
 
     visitor: str
-    expected: Event
+    expected: Waiting
     shown: str  # what was sent, as JSON
     since: float
     status: str = "sent"
@@ -113,7 +113,7 @@ class Follower:
         """Take down what the relay said of them, and follow what it has taken."""
         whole, entries = _read_answer(status, body)
         for followed in found:
-            followed.hear(entries.get(followed.expected[0], whole))
+            followed.hear(entries.get(followed.expected.id, whole))
             taken = followed.status in ("queued", "duplicate")
             if taken and followed.task is None and self._knows(followed):
                 followed.task = asyncio.create_task(self._follow(followed))
@@ -124,8 +124,8 @@ class Follower:
         places = {id(f): place for place, f in enumerate(waiting, start=1)}
         return [
             {
-                "id": f.expected[0],
-                "event": f.expected[3],
+                "id": f.expected.id,
+                "event": f.expected.name,
                 "status": f.status,
                 "reason": f.reason,
                 "detail": f.detail,
@@ -162,7 +162,7 @@ class Follower:
         return Followed(
             visitor=visitor,
             # The queue looks at id and customer to tell an outcome, and at no more.
-            expected=(event_id, True, digest, name, "", "", 0, "", None),
+            expected=Waiting(event_id, name, digest, "", 0, "", ""),
             shown=msgspec.json.format(msgspec.json.encode(sent)).decode()[:MAX_SHOWN],
             since=self._clock(),
         )
@@ -172,7 +172,7 @@ class Follower:
             task.cancel()
 
     def _knows(self, followed: Followed) -> bool:
-        key = (followed.visitor, followed.expected[0])
+        key = (followed.visitor, followed.expected.id)
         return self._events.get(key) is followed
 
     async def _follow(self, followed: Followed) -> None:

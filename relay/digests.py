@@ -12,13 +12,18 @@ class Digests:
 
     def __init__(self, key: bytes) -> None:
         key = blake2b(key, digest_size=32).digest()
-        self._keyed = blake2b(key=key, digest_size=9)  # to be copied
+        keyed = blake2b(key=key, digest_size=9)
+        # To be copied. The letter keeps the same text apart when it names other things.
+        self._address, self._id, self._source_id, self._signed = (
+            _begun(keyed, letter) for letter in (b"a", b"i", b"s", b"t")
+        )
 
     def address(self, address: str) -> str:
         """Of a client's address, as limits count it."""
-        return self._digest(b"a", address)
+        digest = self._address.copy()
+        digest.update(address.encode())
+        return digest.hexdigest()
 
-    # The letter keeps the same text apart when it names different things.
     def customer(
         self,
         *,
@@ -31,11 +36,14 @@ class Digests:
         Whom a token names (`signed`) is another than whom anybody may name: else a
         stranger could use up a customer's limits, and take ids before it does.
         """
-        if id:
-            return self._digest(b"i", id)
-        return self._digest(b"t" if signed else b"s", source_id or "")
-
-    def _digest(self, kind: bytes, value: str) -> str:
-        digest = self._keyed.copy()
-        digest.update(kind + value.encode())
+        name = id or source_id or ""
+        begun = self._id if id else self._signed if signed else self._source_id
+        digest = begun.copy()
+        digest.update(name.encode())
         return digest.hexdigest()
+
+
+def _begun(keyed: blake2b, letter: bytes) -> blake2b:
+    digest = keyed.copy()
+    digest.update(letter)
+    return digest

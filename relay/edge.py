@@ -34,7 +34,8 @@ from relay.headers import Block, Fields, Header
 from relay.limits import Limit, policy_header
 from relay.origins import AllowedOrigins
 from relay.outcomes import Outcome
-from relay.policy import Policy, Sender, Special
+from relay.policy import Policy, Sender
+from relay.queueable import Queueable, Request, Waiting
 
 # Fetch allows 64 KiB of keepalive bodies in flight for a page, so a larger beacon
 # never leaves the browser. https://fetch.spec.whatwg.org/#http-network-or-cache-fetch
@@ -51,11 +52,7 @@ _PREFLIGHT_S = b"7200"
 _CHALLENGE = (b"www-authenticate", b"Relay-Token")
 
 _REST = b"content-length: %d\r\n\r\n%b"
-_UNTOLD = b"x-request-id: %b\r\n" + _REST  # where no limit is enforced
-
-# For the commit script: id, whether the sender chose it, customer digest, name, lane,
-# delivery rule, ttl in ms, the body for Voucherify, what else is to be counted.
-Queueable = tuple[str, bool, str, str, str, str, int, str, Special | None]
+_UNTOLD = b"%bx-request-id: %b\r\n" + _REST  # where no limit is enforced
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +80,6 @@ class Head(Struct, gc=False):
     form: Form
     address: str  # digest of the client's address, for limits only
     sender: Sender
-    length: int  # as announced, -1 when it is not
     wait_s: int  # Prefer: wait
     agent: bytes = b""  # User-Agent
 
@@ -99,7 +95,6 @@ class Admitted(Struct, gc=False):
     said: Event | None = None  # the last one, where answers repeat it
     report: dict[str, int] | None = None  # the snippet's
 
-    @property
     def alone(self) -> bool:
         """Whether an answer has one event to tell of, and nothing else."""
         return (
@@ -110,10 +105,10 @@ class Admitted(Struct, gc=False):
         )
 
     @property
-    def request(self) -> tuple[str, list[Queueable]]:
+    def request(self) -> Request:
         return self.head.address, self.events
 
-    def let_go(self) -> tuple[str, list[Queueable]]:
+    def let_go(self) -> Request:
         """The same, of which only what an answer tells stays here.
 
         Many wait for their answers at once, and what they hold must find room in the
@@ -143,7 +138,7 @@ class Edge:
         self._names = [f'"{limit.dimension}"'.encode() for limit in limits]
         # What the usual answer has of its own, by the limit that it tells.
         self._usual = [
-            b"x-request-id: %%b\r\nratelimit: %b;r=%%d;t=%%d\r\n%b" % (name, _REST)
+            b"%%bx-request-id: %%b\r\nratelimit: %b;r=%%d;t=%%d\r\n%b" % (name, _REST)
             for name in self._names
         ]
         # Empty when nothing is enforced: a field of no members is not sent (RFC 9651).
@@ -157,7 +152,7 @@ class Edge:
         )
         # Ids must differ from those of every other process, past and future.
         self._ids = count()
-        self._boot = token_hex(8)
+        self._boot = token_hex(8).encode()
         self._digests = digests
 
     # --- before the body ----------------------------------------------------------
@@ -165,7 +160,8 @@ class Edge:
     def head(self, method: str, fields: Fields, peer: str | None) -> Head | Response:
         """Judge a request by its headers; the body is not needed for a refusal."""
         get = fields.get
-        request_id = self.request_id(get(b"x-request-id"), peer)
+        asked = get(b"x-request-id")
+        request_id = self._made() if asked is None else self.request_id(asked, peer)
         form = self._forms.read(
             get(b"origin"), get(b"content-type", b""), get(b"content-encoding")
         )
@@ -176,9 +172,7 @@ class Edge:
             return self._at_fault(request_id, form, form.forbidden)
         if form.fault is not None:
             return self._at_fault(request_id, form, form.fault)
-        length, prefer = get(b"content-length"), get(b"prefer")
         token, forwarded = get(b"relay-token"), get(b"x-forwarded-for")
-        wanted = _WAIT.search(prefer) if prefer is not None else None
         head = Head(
             request_id,
             form,
@@ -189,14 +183,15 @@ class Edge:
                 token.decode("latin-1") if token else None,
                 get(b"sec-gpc") == b"1",
             ),
-            # Cut: Python refuses to read a number of thousands of digits.
-            int(length[:19]) if length is not None and length.isdigit() else -1,
-            min(int(wanted[1][:9]), MAX_WAIT_S) if wanted else 0,
+            _wait_s(fields[b"prefer"]) if b"prefer" in fields else 0,
             get(b"user-agent", b""),
         )
         if forwarded is not None and not self._proxies.trusts(peer):
             head.sender.notes.append("untrusted_proxy")
-        return self.too_large(head) if head.length > MAX_BODY_BYTES else head
+        length = get(b"content-length", b"")
+        if len(length) > 4 and _is_large(length):
+            return self.too_large(head)
+        return head
 
     def _address(self, peer: str | None, forwarded: bytes | None) -> str:
         """The digest by which limits count whoever sends.
@@ -216,10 +211,13 @@ class Edge:
             and _REQUEST_ID.match(asked)
         ):
             return asked
-        return self._new_id().encode()
+        return self._made()
+
+    def _made(self) -> bytes:
+        return b"%b-%x" % (self._boot, next(self._ids))
 
     def _new_id(self) -> str:
-        return f"{self._boot}-{next(self._ids):x}"
+        return self._made().decode()
 
     def _not_taken(self, method: str, request_id: bytes, form: Form) -> Response:
         """The answer to another method than POST."""
@@ -278,7 +276,9 @@ class Edge:
             return self._whole(head, _ONE_ONLY)
         if read.token is not None:
             head.sender.token = read.token
-        admitted = Admitted(head, [], [], {}, read.several)
+        events: list[Queueable] = []
+        ids: list[str] = []
+        admitted = Admitted(head, events, ids, {}, read.several)
         if read.report is not None:
             admitted.report = read_report(read.report)
         for place, raw in enumerate(read.events):
@@ -290,27 +290,26 @@ class Edge:
             except Refused as refused:
                 admitted.refused[place] = refused
             else:
-                admitted.events.append(sound)
-                admitted.ids.append(sound[0])
-        return admitted if admitted.events else self.answer(admitted, (), None)
+                events.append(sound)
+                ids.append(sound[2].id)
+        return admitted if events else self.answer(admitted, (), None)
 
     def _admit(self, event: Event, sender: Sender, now: float) -> Queueable:
         event_id = event.id or self._new_id()
         ruling = self.policy.judge(event, sender, event_id=event_id, now=now)
         who = ruling.customer
-        return (
+        waiting = Waiting(
             event_id,
-            event.id is not None,
+            event.event,
             self._digests.customer(
                 id=who.id, source_id=who.source_id, signed=ruling.signed
             ),
-            event.event,
-            ruling.lane,
             ruling.delivery,
             ruling.ttl_ms,
+            ruling.lane,
             upstream_body(event, who, ruling.own).decode(),
-            ruling.special,
         )
+        return event.id is not None, ruling.special, waiting
 
     # --- answers ---------------------------------------------------------------------
 
@@ -326,7 +325,7 @@ class Edge:
         """
         head, refused = admitted.head, admitted.refused
         limited = len(fates) == 1 and fates[0].status == Outcome.RATE_LIMITED
-        if limited and limit and admitted.alone:
+        if limited and limit and admitted.alone():
             return self._turned_away(admitted, fates[0], *limit)
         entries = [
             _entry(event_id, fate)
@@ -371,13 +370,14 @@ class Edge:
         """
         head = admitted.head
         status, body = self._dialect.take(admitted.ids[0], admitted.said)
+        always, request_id = head.form.accepted.wire, head.request_id
         if which < 0:
-            rest = _UNTOLD % (head.request_id, len(body), body)
+            text = _UNTOLD % (always, request_id, len(body), body)
         else:
             until = -(-reset_us // 1_000_000)
             usual = self._usual[which]
-            rest = usual % (head.request_id, left, until, len(body), body)
-        return Written(status, head.form.accepted, rest)
+            text = usual % (always, request_id, left, until, len(body), body)
+        return Written(status, text)
 
     def _turned_away(
         self, admitted: Admitted, fate: Fate, which: int, left: int, reset_us: int
@@ -532,6 +532,18 @@ class Edge:
         kind, body = self._dialect.refuse(status, reason, detail, request_id=request_id)
         own = [*extra, kind, (b"x-request-id", request_id)]
         return Response(status, own, body, cors)
+
+
+def _wait_s(prefer: bytes) -> int:
+    """How long an answer may be held back."""
+    wanted = _WAIT.search(prefer)
+    # Cut: Python refuses to read a number of thousands of digits.
+    return min(int(wanted[1][:9]), MAX_WAIT_S) if wanted else 0
+
+
+def _is_large(length: bytes) -> bool:
+    """Whether an announced length is over the limit."""
+    return length.isdigit() and int(length[:19]) > MAX_BODY_BYTES
 
 
 def _entry(event_id: str, fate: Fate) -> Entry:

@@ -35,9 +35,9 @@ from relay.queue import (
     NO_ROOM,
     QUEUED,
     USED_UP,
-    Event,
     Reply,
 )
+from relay.queueable import Waiting
 
 BODY_TIMEOUT_S = 10.0  # for a whole body of at most 64 KiB
 MAX_WAITERS = 100  # answers held back at once by `Prefer: wait`
@@ -79,10 +79,10 @@ _FATES = {
 class Outcomes(Protocol):
     """The part of the queue that `Prefer: wait` needs."""
 
-    async def expect(self, event: Event, seconds: int) -> None: ...
+    async def expect(self, event: Waiting, seconds: int) -> None: ...
 
     async def outcome(
-        self, event: Event, seconds: float
+        self, event: Waiting, seconds: float
     ) -> dict[str, object] | None: ...
 
 
@@ -97,7 +97,28 @@ class _Submitted(Struct, gc=False):
     answer: Callable[[Response | Written], None]
 
     def settle(self, result: Reply | Exception) -> None:
-        self.track.settle(self.admitted, self.answer, result)
+        """Answer for events that the queue has judged."""
+        track, admitted = self.track, self.admitted
+        said: Response | Written
+        try:
+            if isinstance(result, Reply):
+                if result.codes == _ONE_QUEUED and admitted.alone():
+                    said = track._edge.taken(
+                        admitted, result.dimension, result.remaining, result.reset_us
+                    )
+                    for note in admitted.head.sender.notes:
+                        track._admission.note(note)
+                else:
+                    said = track._answer(admitted, track._fates(result), result)
+            elif isinstance(result, QueueUnavailable):
+                said = track._away(admitted, result)
+            else:
+                raise result
+        except Exception:
+            said = track._failed(admitted.head)
+        if type(said) is Response:
+            track._count(said)
+        self.answer(said)
 
 
 class Track:
@@ -200,9 +221,8 @@ class Track:
         self, head: Head, body: bytes, answer: Callable[[Response | Written], None]
     ) -> Response | None:
         """Have the events taken in; an answer at once, where there is one."""
-        if _over(len(body)):
+        if len(body) > MAX_BODY_BYTES:
             return self._edge.too_large(head)
-        head.wait_s = 0
         admitted = self._edge.body(head, body, now=self._clock())
         if isinstance(admitted, Response):
             return admitted
@@ -215,33 +235,6 @@ class Track:
         except QueueUnavailable as error:
             return self._away(admitted, error)
         return None
-
-    def settle(
-        self,
-        admitted: Admitted,
-        answer: Callable[[Response | Written], None],
-        result: Reply | Exception,
-    ) -> None:
-        """Answer for events that the queue has judged."""
-        said: Response | Written
-        try:
-            if isinstance(result, Reply):
-                if result.codes == _ONE_QUEUED and admitted.alone:
-                    limit = result.dimension, result.remaining, result.reset_us
-                    said = self._edge.taken(admitted, *limit)
-                    for note in admitted.head.sender.notes:
-                        self._admission.note(note)
-                else:
-                    said = self._answer(admitted, self._fates(result), result)
-            elif isinstance(result, QueueUnavailable):
-                said = self._away(admitted, result)
-            else:
-                raise result
-        except Exception:
-            said = self._failed(admitted.head)
-        if isinstance(said, Response):
-            self._count(said)
-        answer(said)
 
     def _failed(self, head: Head | None) -> Response:
         """Our bug, which must not take the connection down unseen."""
@@ -388,7 +381,7 @@ class Track:
         try:
             with contextlib.suppress(TimeoutError):  # then the answer tells none
                 async with asyncio.timeout_at(until), self._expecting:
-                    for event in admitted.events:
+                    for _, _, event in admitted.events:
                         await self._outcomes.expect(event, admitted.head.wait_s)
             reply = await self._admission.submit(admitted.request)
             fates = self._fates(reply)
@@ -403,7 +396,7 @@ class Track:
         loop = asyncio.get_running_loop()
         told = list(fates)
         try:
-            for place, event in enumerate(admitted.events):
+            for place, (_, _, event) in enumerate(admitted.events):
                 if fates[place] in (TAKEN, _COALESCED):
                     # Of those behind a slow one too: what is known by now is told.
                     left = max(until - loop.time(), LAST_LOOK_S)

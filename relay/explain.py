@@ -13,11 +13,12 @@ import msgspec
 from relay.answers import Beacons, Dialect, Official, Response
 from relay.assembly import make_catalog, make_digests, make_policy, shown_upstream
 from relay.catalog import span
-from relay.edge import Admitted, Edge, Head, Queueable
+from relay.edge import Admitted, Edge, Head
 from relay.events import Event, Invalid, Refused, read_body, read_event
 from relay.headers import Fields
 from relay.limits import Limit
 from relay.policy import Policy, Ruling, Sender
+from relay.queueable import Queueable
 from relay.settings import Settings
 
 DIALECTS: dict[str, Callable[[], Dialect]] = {"track": Beacons, "sdk": Official}
@@ -163,7 +164,7 @@ def _event(
             "method": "POST",
             "url": url,
             "headers": headers,
-            "body": msgspec.json.decode(accepted[7]),
+            "body": msgspec.json.decode(accepted[2].body),
         },
     }
 
@@ -178,7 +179,7 @@ CHARGED = {
 
 def _queue(queued: Queueable, limits: Sequence[Limit]) -> dict[str, object]:
     """How it would wait, and what it would be charged to."""
-    _, _, _, _, lane, delivery, ttl_ms, _, special = queued
+    _, special, waiting = queued
     charged = [
         f"{limit.dimension}={limit.quota}/{span(limit.window_s)} burst {limit.burst}"
         + (" (dry run)" if limit.dry_run else "")
@@ -186,9 +187,9 @@ def _queue(queued: Queueable, limits: Sequence[Limit]) -> dict[str, object]:
         for limit in limits
     ]
     told: dict[str, object] = {
-        "lane": lane,
-        "delivery": delivery,
-        "ttl_s": ttl_ms // 1000,
+        "lane": waiting.lane,
+        "delivery": waiting.delivery,
+        "ttl_s": waiting.ttl_ms // 1000,
         "limits": charged,
     }
     if special is not None:

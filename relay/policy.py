@@ -17,15 +17,11 @@ from msgspec.structs import fields
 from relay.catalog import EMPTY, Catalog, Rule, metadata_fault, quoted
 from relay.events import Customer, Event, Refused, identified, occurred_at
 from relay.outcomes import Outcome
+from relay.queueable import Special
 from relay.signing import LEEWAY_S, Identity, Signer, TokenRefused
 
 IDENTIFIERS = frozenset({"id", "source_id"})
 _ABSENT = {field.name: field.default for field in fields(Customer)}
-
-# For the commit script: digest of the event's name, coalesce window in ms, quota and
-# period in ms of the event's own limit and whether it is a dry run, digest of the
-# token, its uses, the ms it still lives, and whether its rule is a dry run.
-Special = tuple[str, int, int, int, bool, str, int, int, bool]
 
 
 class Sender(Struct, gc=False):
@@ -38,7 +34,7 @@ class Sender(Struct, gc=False):
     notes: list[str] = field(default_factory=list)  # to be counted
 
 
-class Ruling(Struct, gc=False, kw_only=True):
+class Ruling(Struct, gc=False):
     """How an event that may pass is to be handled."""
 
     customer: Customer
@@ -91,20 +87,28 @@ class Policy:
                 self._heed_privacy(event, sender)
                 if say is not None:
                     say("privacy signal", f"Sec-GPC: 1, RELAY_GPC={self._gpc}")
-            rule = self._rule(event)
+            rule = self.catalog.rule(event.event)
+            if rule is None:
+                raise _unlisted()
             mode = rule.token or self._tokens
             if say is not None:
                 say("catalogue", f"the rule {rule.place}")
             # Before a token fills in the customer.
             trial = mode == "dry_run" and self._passes_unknown(event, sender, rule)
-            identity = self._identify(event, sender, mode, now)
+            token = event.token if event.token is not None else sender.token
+            identity = None
+            if mode != "off" and (token is not None or mode != "optional"):
+                identity = self._identify(event, sender, token, mode, now)
             if say is not None:
                 say("token", f"{_whose(identity)} ({mode})")
             if identity is None and not sender.allowed:
                 raise _origin_needed()
             customer = identified(event)
             self._check_fields(event, customer, rule, identity)
-            self._check_metadata(event, rule)
+            if rule.metadata is not None and event.metadata is not None:
+                fault = metadata_fault(rule, event.metadata)
+                if fault is not None:
+                    raise _forbidden(*fault)
             if say is not None:
                 few = self._restricted and identity is None
                 say("fields", "as an anonymous sender may" if few else "allowed")
@@ -115,22 +119,25 @@ class Policy:
         except Refused as refused:
             refused.name, refused.id = event.event, event.id
             raise
+        special = None
+        if identity is not None or rule.limit is not None or rule.coalesce_ms:
+            # Used up in a trial, it is as if there were no token: so it may only be let
+            # through where that would be.
+            special = _special(event, rule, identity, now=now, trial=trial)
+        # What happens when Voucherify may have the event already. Points and referrals
+        # are money: never a second delivery that might be one.
+        paying = event.loyalty is not None or event.referral is not None
+        delivery = rule.delivery or ("at_most_once" if paying else "at_least_once")
+        if delivery == "verify":
+            delivery = self._verify(rule, own)
         return Ruling(
-            customer=customer,
-            lane=rule.priority,
-            delivery=self._delivery(event, rule, own),
-            ttl_ms=self._ttl_ms if rule.ttl_s is None else rule.ttl_s * 1000,
-            signed=identity is not None,
-            own=own,
-            special=_special(
-                event,
-                rule,
-                identity,
-                # Used up in a trial, it is as if there were no token: so it may only
-                # be let through where that would be.
-                now=now,
-                trial=trial,
-            ),
+            customer,
+            rule.priority,
+            delivery,
+            self._ttl_ms if rule.ttl_s is None else rule.ttl_s * 1000,
+            special,
+            identity is not None,
+            own,
         )
 
     def _passes_unknown(self, event: Event, sender: Sender, rule: Rule) -> bool:
@@ -162,23 +169,10 @@ class Policy:
                 )
             sender.notes.append("gpc_stripped")
 
-    def _rule(self, event: Event) -> Rule:
-        rule = self.catalog.rule(event.event)
-        if rule is None:
-            raise _forbidden(
-                "event_unlisted",
-                "This event is not in the catalogue (defaults.unlisted): correct its "
-                "name, or add it there.",
-            )
-        return rule
-
     def _identify(
-        self, event: Event, sender: Sender, mode: str, now: float
+        self, event: Event, sender: Sender, token: str | None, mode: str, now: float
     ) -> Identity | None:
         """Who the sender is by its token, with the event's customer made that one."""
-        token = event.token if event.token is not None else sender.token
-        if mode == "off" or (token is None and mode == "optional"):
-            return None
         try:
             identity = self._read(token, now)
             _check_token(identity, event, sender)
@@ -249,24 +243,10 @@ class Policy:
             return "without a token only source_id or id may (RELAY_ANONYMOUS)"
         return f"{rule.place}.customer lists {', '.join(sorted(allowed))}"
 
-    def _check_metadata(self, event: Event, rule: Rule) -> None:
-        if rule.metadata is None or event.metadata is None:
-            return
-        fault = metadata_fault(rule, event.metadata)
-        if fault is not None:
-            raise _forbidden(*fault)
-
-    def _delivery(self, event: Event, rule: Rule, own: Mapping[str, str] | None) -> str:
-        """What happens when Voucherify may have the event already."""
-        if rule.delivery == "verify":
-            # Without its own id in it, or nobody to ask, it cannot be found again.
-            named = self._verifies and own is not None and rule.event_id in own
-            return f"verify:{rule.event_id}" if named else "at_most_once"
-        if rule.delivery is not None:
-            return rule.delivery
-        # Points and referrals are money: never a second delivery that might be one.
-        paying = event.loyalty is not None or event.referral is not None
-        return "at_most_once" if paying else "at_least_once"
+    def _verify(self, rule: Rule, own: Mapping[str, str] | None) -> str:
+        # Without its own id in it, or nobody to ask, it cannot be found again.
+        named = self._verifies and own is not None and rule.event_id in own
+        return f"verify:{rule.event_id}" if named else "at_most_once"
 
     def _own_metadata(
         self,
@@ -361,6 +341,14 @@ def _forbidden(reason: str, detail: str) -> Refused:
 
 def _unauthenticated(reason: str, detail: str) -> Refused:
     return Refused(Outcome.UNAUTHENTICATED, reason, detail)
+
+
+def _unlisted() -> Refused:
+    return _forbidden(
+        "event_unlisted",
+        "This event is not in the catalogue (defaults.unlisted): correct its name, or "
+        "add it there.",
+    )
 
 
 def _origin_needed() -> Refused:

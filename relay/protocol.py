@@ -26,7 +26,7 @@ class _Nobody:
 
 
 _NOBODY = _Nobody()
-_ASKS_MORE = frozenset({b"prefer", b"transfer-encoding", b"expect"})
+_ASKS_MORE = frozenset({b"prefer", b"transfer-encoding", b"expect", b"upgrade"})
 _receive = HttpToolsProtocol.data_received  # `super()` is made anew at each call
 _NO_FIELDS: Fields = {}
 _CLOSE = (b"connection", b"close")
@@ -48,8 +48,32 @@ class Beacon(Struct):
     message_event: _Nobody = _NOBODY
 
     def answer(self, said: Response | Written) -> None:
-        """Answer it, once; what comes later is for nobody."""
-        self.protocol.say(self, said)
+        """Answer it, once, and leave the connection to uvicorn again.
+
+        What comes later is for nobody.
+        """
+        if self.disconnected or self.response_complete:
+            return
+        self.response_complete = True
+        protocol = self.protocol
+        usual, closes = protocol._usual_headers(), not self.keep_alive
+        if type(said) is Response and _CLOSE in said.own:
+            closes = True
+        elif closes:
+            usual += _CLOSES
+        protocol.transport.write(b"".join((STATUS_LINE[said.status], usual, said.text)))
+        if closes:
+            protocol.transport.close()
+        if protocol.pipeline or protocol.transport.is_closing():
+            protocol.on_response_complete()
+            return
+        protocol.server_state.total_requests += 1
+        # The connection may idle for as long as uvicorn would let it.
+        protocol._idle_since = protocol.loop.time()
+        if protocol._idle_timer is None:
+            protocol._idle_timer = protocol.loop.call_later(
+                protocol.timeout_keep_alive, protocol._look_whether_idle
+            )
 
 
 class BeaconProtocol(HttpToolsProtocol):
@@ -102,13 +126,11 @@ class BeaconProtocol(HttpToolsProtocol):
         length = fields.get(b"content-length", b"")
         return (
             length.isdigit()
-            and len(length) < 8
-            and int(length) <= MAX_BODY_BYTES
+            and (len(length) < 5 or (len(length) < 8 and int(length) <= MAX_BODY_BYTES))
             and _ASKS_MORE.isdisjoint(fields)
             and parser.get_method() == b"POST"
             and parser.should_keep_alive()  # 1.0 asks for that in a header
             and (b"connection" not in fields or parser.get_http_version() == "1.1")
-            and not parser.should_upgrade()
             and (cycle is None or cycle.response_complete)
             and not self.flow.write_paused  # who reads no answers waits, as ASGI does
         )
@@ -159,40 +181,7 @@ class BeaconProtocol(HttpToolsProtocol):
 
     def _stop_waiting(self, cycle: Beacon) -> None:
         if not cycle.disconnected and not cycle.response_complete:
-            self.say(cycle, cycle.track.too_slow(cycle.fields, self._peer))
-
-    def say(self, cycle: Beacon, said: Response | Written) -> None:
-        """Write the answer, and leave the connection to uvicorn again."""
-        if cycle.disconnected or cycle.response_complete:
-            return
-        cycle.response_complete = True
-        closes = not cycle.keep_alive
-        parts = [STATUS_LINE[said.status], self._usual_headers(), said.always.wire]
-        if isinstance(said, Written):
-            if closes:
-                parts.append(_CLOSES)
-            parts.append(said.rest)
-        else:
-            if _CLOSE in said.own:
-                closes = True
-            elif closes:
-                parts.append(_CLOSES)
-            for name, value in said.own:
-                parts += (name, b": ", value, b"\r\n")
-            parts += (b"\r\n", said.body)
-        self.transport.write(b"".join(parts))
-        if closes:
-            self.transport.close()
-        if self.pipeline or self.transport.is_closing():
-            self.on_response_complete()
-        else:
-            self.server_state.total_requests += 1
-            # The connection may idle for as long as uvicorn would let it.
-            self._idle_since = self.loop.time()
-            if self._idle_timer is None:
-                self._idle_timer = self.loop.call_later(
-                    self.timeout_keep_alive, self._look_whether_idle
-                )
+            cycle.answer(cycle.track.too_slow(cycle.fields, self._peer))
 
     def _look_whether_idle(self) -> None:
         self._idle_timer = None

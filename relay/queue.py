@@ -38,6 +38,7 @@ from relay.errors import QueueUnavailable, RelayError
 from relay.forecast import LANES, Facts
 from relay.limits import Limit, Window
 from relay.line import Line, Then, is_reset
+from relay.queueable import Request, Waiting
 
 STALE_MS = 20_000  # no heartbeat for so long: dead; with the look-out below < 30 s
 LOOK_UP_MS = 120_000  # from an event of unknown fate until it is looked up
@@ -154,16 +155,6 @@ class Result(msgspec.Struct, array_like=True, kw_only=True):
     limit_type: str = ""
 
 
-# What the commit script counts beside the limits, for events that ask for it: digest
-# of the name, coalesce window in ms, quota and period in ms of the event's own limit,
-# whether that only counts, digest of the token, its uses, ms it lives, whether that
-# only counts.
-Special = tuple[str, int, int, int, bool, str, int, int, bool]
-# One event for the commit script: id, whether the sender chose it, customer digest,
-# name, lane, delivery rule, ttl in ms, body for Voucherify, the above. A request is
-# the digest of the sender's address, and its events.
-Event = tuple[str, bool, str, str, str, str, int, str, Special | None]
-Request = tuple[str, list[Event]]
 Packed = bytes  # a request as the commit script reads it
 # Outcome, reason, name or "", how many. Without an outcome it only counts the reason.
 Refused = tuple[str, str, str, int]
@@ -477,16 +468,15 @@ class Queue:
                 block=max(1, block_ms),
             )
 
-    async def expect(self, event: Event, seconds: int) -> None:
+    async def expect(self, event: Waiting, seconds: int) -> None:
         """Ask for the outcome of an event to be told; before it is committed."""
         async with self._asking():
             await self._ops.set(self._wait_key(event), "", px=(seconds + 5) * 1000)
 
-    def _wait_key(self, event: Event) -> str:
-        digest = id_digest(event[0])
-        return f"{self.prefix}:wait:{event[2]}:{digest}"
+    def _wait_key(self, event: Waiting) -> str:
+        return f"{self.prefix}:wait:{event.customer}:{id_digest(event.id)}"
 
-    async def outcome(self, event: Event, seconds: float) -> dict[str, object] | None:
+    async def outcome(self, event: Waiting, seconds: float) -> dict[str, object] | None:
         """Wait for an expected outcome; None when it is not known by then.
 
         `{"outcome", "reason"?, "upstream_status"?, "error"?: {"key"?, "message"?,
@@ -769,9 +759,8 @@ def pack_request(request: Request) -> Packed:
     """A request as commit.lua reads it."""
     address, events = request
     parts: list[object] = [len(events), address]
-    for id_, given, customer, name, lane, delivery, ttl_ms, body, special in events:
-        waits = (id_, name, customer, delivery, ttl_ms, lane, body)
-        parts += (given, special, waits)
+    for event in events:
+        parts += event
     return _pack(parts)
 
 

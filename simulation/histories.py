@@ -29,7 +29,8 @@ from relay.activity import SKEW_MS
 from relay.forwarder import MARK_GOOD_S
 from relay.judgement import given_back, interrupted, judged, not_processed
 from relay.limits import parse_budget
-from relay.queue import COALESCED, DUPLICATE, QUEUED, Claimed, Event, Queue, Result
+from relay.queue import COALESCED, DUPLICATE, QUEUED, Claimed, Queue, Result
+from relay.queueable import Queueable, Waiting
 from relay.verdicts import Answer, Verdict, read_answer
 from simulation.clock import Clock, SimulatedScripts
 from simulation.play import leave, wipe
@@ -171,12 +172,12 @@ class Histories(RuleBasedStateMachine):
         lost: bool,  # drawn by hypothesis
         again: bool,
     ) -> None:
-        events: list[Event] = []
+        events: list[Queueable] = []
         for customer in customers:
             self._made += 1
-            name = f"e{self._made}"
-            rules = (lane, delivery, ttl_ms)
-            events.append((name, True, customer, "e", *rules, "{}", None))
+            name, rules = f"e{self._made}", (delivery, ttl_ms, lane)
+            event = Waiting(name, "e", customer, *rules, "{}")
+            events.append((True, None, event))
         if again:
             events.append(events[0])
         self._seq += 1
@@ -185,11 +186,11 @@ class Histories(RuleBasedStateMachine):
                 self._queues["a"].commit("w:0", self._seq, [("ip", events)], [])
             )
         assert reply.codes[::2] == [QUEUED] * len(customers) + [DUPLICATE] * again
-        for event in events[: len(customers)]:
+        for _, _, event in events[: len(customers)]:
             self._referee.accepted(
-                event[0],
+                event.id,
                 at_ms=self._clock.now_ms,
-                customer=event[2],
+                customer=event.customer,
                 lane=lane,
                 delivery=delivery,
                 ttl_ms=ttl_ms,
@@ -210,30 +211,30 @@ class Histories(RuleBasedStateMachine):
         """Events of which only the last one counts, each of a customer of its own kind:
         one that waits for its window is overtaken by others on purpose."""
         special = ("digest", WINDOW_MS, 0, 0, False, "", 0, 0, False)
-        events: list[Event] = []
+        events: list[Queueable] = []
         for customer in customers:
             self._made += 1
             name, whose = f"e{self._made}", f"{customer}-coalesced"
-            rules = ("normal", delivery, ttl_ms)
-            events.append((name, True, whose, "c", *rules, "{}", special))
+            event = Waiting(name, "c", whose, delivery, ttl_ms, "normal", "{}")
+            events.append((True, special, event))
         self._seq += 1
         for _ in range(1 + lost):
             [reply] = self._do(
                 self._queues["a"].commit("w:0", self._seq, [("ip", events)], [])
             )
-        for event, code in zip(events, reply.codes[::2], strict=True):
+        for (_, _, event), code in zip(events, reply.codes[::2], strict=True):
             assert code in (QUEUED, COALESCED)
             self._referee.accepted(
-                event[0],
+                event.id,
                 at_ms=self._clock.now_ms,
-                customer=event[2],
+                customer=event.customer,
                 lane="normal",
                 delivery=delivery,
                 ttl_ms=ttl_ms,
                 value=1,
-                replaces=self._last[event[2]] if code == COALESCED else None,
+                replaces=self._last[event.customer] if code == COALESCED else None,
             )
-            self._last[event[2]] = event[0]
+            self._last[event.customer] = event.id
 
     # --- the way out ----------------------------------------------------------------
 

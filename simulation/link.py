@@ -9,7 +9,8 @@ from collections.abc import Awaitable, Iterable, Sequence
 from typing import TypeVar
 
 from relay.errors import QueueUnavailable
-from relay.queue import Claimed, Queue, Reply, Request, Result, Tick
+from relay.queue import Claimed, Queue, Reply, Result, Tick
+from relay.queueable import Request
 from simulation.referee import Referee
 
 T = TypeVar("T")

@@ -13,10 +13,11 @@ import msgspec
 from relay.addresses import TrustedProxies
 from relay.catalog import parse_catalog
 from relay.digests import Digests
-from relay.edge import Admitted, Edge, Head, Queueable
+from relay.edge import Admitted, Edge, Head
 from relay.origins import AllowedOrigins
 from relay.policy import Policy
-from relay.queue import COALESCED, DUPLICATE, QUEUED, Request
+from relay.queue import COALESCED, DUPLICATE, QUEUED
+from relay.queueable import Request, Waiting
 from simulation.clock import Clock
 from simulation.referee import Referee
 
@@ -115,27 +116,27 @@ class Shop:
 
     def heard(self, request: Request, codes: list[int]) -> None:
         """Tell the referee what became of a request's events at admission."""
-        for event, code in zip(request[1], codes[::2], strict=True):
+        for (_, _, event), code in zip(request[1], codes[::2], strict=True):
+            whose = event.customer, event.name
             if code in (QUEUED, COALESCED):
                 # The last one that was taken is the one whose place this is.
-                older = self._last.get((event[2], event[3])) if code != QUEUED else None
+                older = self._last.get(whose) if code != QUEUED else None
                 self._accepted(event, older)
-                self._last[event[2], event[3]] = event[0]
+                self._last[whose] = event.id
             elif code == DUPLICATE:
                 self._referee.refused["duplicate"] += 1
             else:
                 raise AssertionError(f"admission said {code} to an event")
 
-    def _accepted(self, event: Queueable, replaces: str | None) -> None:
-        event_id, _, customer, name, lane, delivery, ttl_ms, _, _ = event
-        rule = self._catalog.rules[name]
+    def _accepted(self, event: Waiting, replaces: str | None) -> None:
+        rule = self._catalog.rules[event.name]
         self._referee.accepted(
-            event_id,
+            event.id,
             at_ms=self._clock.now_ms,
-            customer=customer,
-            lane=lane,
-            delivery=delivery,
-            ttl_ms=ttl_ms,
+            customer=event.customer,
+            lane=event.lane,
+            delivery=event.delivery,
+            ttl_ms=event.ttl_ms,
             value=PAYING_VALUE if rule.loyalty or rule.referral else VALUE,
             replaces=replaces,
         )

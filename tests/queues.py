@@ -13,15 +13,13 @@ from relay.limits import Limit
 from relay.outcomes import Outcome
 from relay.queue import (
     Claimed,
-    Event,
     Queue,
     Reply,
-    Request,
     Result,
     Scripts,
-    Special,
     id_digest,
 )
+from relay.queueable import Queueable, Request, Special, Waiting
 
 SIMULATED = Scripts(clock="call('HMGET', P .. ':clock', 's', 'us')")
 START_S = 1_800_000_000
@@ -39,11 +37,12 @@ def event(
     ttl_ms: int = 3_600_000,
     body: str = '{"event":"e"}',
     special: Special | None = None,
-) -> Event:
+) -> Queueable:
     made = id or f"made-{next(_seq)}"
     # One of its own for each id, since one customer's events go one at a time.
     customer = customer or f"c-{made}"
-    return (made, bool(id), customer, name, lane, delivery, ttl_ms, body, special)
+    waiting = Waiting(made, name, customer, delivery, ttl_ms, lane, body)
+    return bool(id), special, waiting
 
 
 def result(claimed: Claimed, verdict: str, **parts: object) -> Result:
@@ -89,7 +88,7 @@ class Bench:
         self.client = client  # for keys that have no method of their own
         self.url = ""
 
-    async def take(self, *events: Event, ip: str = "ip") -> Reply:
+    async def take(self, *events: Queueable, ip: str = "ip") -> Reply:
         [reply] = await self.commit([(ip, list(events))])
         return reply
 
@@ -98,7 +97,7 @@ class Bench:
     ) -> list[Reply]:
         return await self.queue.commit(slot, seq or next(_seq), requests, [])
 
-    async def codes(self, *events: Event, ip: str = "ip") -> list[int]:
+    async def codes(self, *events: Queueable, ip: str = "ip") -> list[int]:
         return (await self.take(*events, ip=ip)).codes[::2]
 
     async def claim(

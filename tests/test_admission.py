@@ -17,7 +17,8 @@ from relay.admission import (
 )
 from relay.errors import QueueUnavailable
 from relay.outcomes import Outcome
-from relay.queue import Packed, Queue, Refused, Reply, Request, Told
+from relay.queue import Packed, Queue, Refused, Reply, Told
+from relay.queueable import Request
 from tests.queues import Bench, Clock, event
 from tests.support import eventually
 

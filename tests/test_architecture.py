@@ -37,7 +37,7 @@ LAYERS = [
     {"catalog", "signing", "transport", "verdicts"},
     {"events", "limits", "origins", "retry", "digests", "toml_lines", "browsers"},
     {"addresses", "cluster", "headers", "replies"},
-    {"collector", "errors", "outcomes", "logs", "findings"},
+    {"collector", "errors", "outcomes", "logs", "findings", "queueable"},
 ]
 LEVEL = {name: depth for depth, row in enumerate(LAYERS) for name in row}
 
@@ -62,6 +62,7 @@ PURE = {
     "metrics",
     "origins",
     "policy",
+    "queueable",
     "replies",
     "retry",
     "signing",

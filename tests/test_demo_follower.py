@@ -9,7 +9,8 @@ import pytest
 
 from relay.demo_follower import MAX_LOOKS, MAX_SHOWN, Followed, Follower
 from relay.digests import Digests
-from relay.queue import Event, Queue
+from relay.queue import Queue
+from relay.queueable import Waiting
 from tests.queues import event, result
 from tests.support import eventually
 
@@ -245,18 +246,18 @@ async def test_few_look_at_once_and_each_has_its_turn() -> None:
         def __init__(self) -> None:
             self.seen = set()
 
-        async def expect(self, event: Event, seconds: int) -> None:
+        async def expect(self, event: Waiting, seconds: int) -> None:
             del event, seconds
 
         async def outcome(
-            self, event: Event, seconds: float
+            self, event: Waiting, seconds: float
         ) -> dict[str, object] | None:
             del seconds
             self.looking += 1
             self.most = max(self.most, self.looking)
             await asyncio.sleep(0)
             self.looking -= 1
-            self.seen.add(event[0])
+            self.seen.add(event.id)
             return None
 
     outcomes = Outcomes()

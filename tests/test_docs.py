@@ -347,12 +347,12 @@ async def test_keys_are_of_the_type_that_is_told(valkey_url: str, prefix: str) -
             )
             for kind in kinds
         ]
-        made.append(event("next", customer=made[0][2]))
+        made.append(event("next", customer=made[0][2].customer))
         await held.keep_names(["listed"])
         await held.token("named", who="me", lock_ms=60_000)
         await held.keep_token("named", {}, who="me", replaces=0, life_ms=60_000)
-        await held.expect(made[0], 1)
-        await held.expect(event("asked"), 1)
+        await held.expect(made[0][2], 1)
+        await held.expect(event("asked")[2], 1)
         reported = [("browser", "chrome:called", "", 1)]
         await held.commit("w:0", 1, [("ip", made)], reported)
         claimed = (await held.tick("a", 9, look_out=True)).claimed

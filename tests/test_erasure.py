@@ -15,7 +15,8 @@ from relay.digests import Digests
 from relay.erasure import Erased, forget
 from relay.events import identified, read_event, upstream_body
 from relay.limits import parse_limits
-from relay.queue import Claimed, Event, Queue, Step
+from relay.queue import Claimed, Queue, Step
+from relay.queueable import Queueable
 from tests.queues import Bench, event, result, simulated
 from tests.servers import start_server
 from tests.support import eventually
@@ -29,7 +30,9 @@ THEIRS = DIGESTS.customer(source_id=PERSON)
 DAY_MS = 86_400_000
 
 
-def of(person: str, n: int | str, *, key: str = "source_id", **parts: object) -> Event:
+def of(
+    person: str, n: int | str, *, key: str = "source_id", **parts: object
+) -> Queueable:
     body = {"event": "e", "customer": {key: person}, **parts}
     digest = DIGESTS.customer(**{key: person})  # type: ignore[arg-type]  # one of two
     lane = str(parts.pop("lane", "normal"))
@@ -98,14 +101,14 @@ async def test_nothing_of_a_person_is_left_in_any_place(bench: Bench) -> None:
         of(PERSON, "retry"),
     ]
     others = [of("u2", n) for n in range(3)]
-    await bench.queue.expect(mine[0], 60)
+    await bench.queue.expect(mine[0][2], 60)
     await bench.take(mine[4], mine[5])
     [dead] = await bench.claim(2)  # one of a person at a time
     await bench.settle(result(dead, "rejected", error=json.dumps({"message": PERSON})))
     [retry] = await bench.claim(2)
     await bench.settle(result(retry, "retry", delay_ms=60_000))
     await bench.take(*mine[:4], *others)
-    waiting = asyncio.create_task(bench.queue.outcome(mine[0], 30))
+    waiting = asyncio.create_task(bench.queue.outcome(mine[0][2], 30))
 
     async def listening() -> bool:
         info = cast("dict[str, int]", await bench.client.info("clients"))
@@ -124,7 +127,7 @@ async def test_nothing_of_a_person_is_left_in_any_place(bench: Bench) -> None:
     assert await bench.totals() == {"received": 9, "rejected": 1, "dropped": 5}
     for made in others:  # all of one customer
         [claimed] = await bench.claim(9)
-        assert claimed.id == made[0]
+        assert claimed.id == made[2].id
         await bench.settle(result(claimed, "delivered"))
 
 
@@ -139,7 +142,7 @@ async def test_what_is_on_its_way_is_left_alone_and_told(bench: Bench) -> None:
     assert (erased.waiting, erased.in_flight) == (0, 0)
 
 
-async def delay(bench: Bench, *events: Event, ms: int = 1000) -> None:
+async def delay(bench: Bench, *events: Queueable, ms: int = 1000) -> None:
     await bench.take(*events)
     claimed = await bench.claim(len(events))
     await bench.settle(*(result(c, "retry", delay_ms=ms) for c in claimed))
@@ -350,12 +353,12 @@ async def test_who_waits_behind_another_event_is_erased_too(bench: Bench) -> Non
     mine = [of(PERSON, n) for n in range(7)]
     await bench.take(*mine[:5], of("u2", 9))
     first, other = await bench.claim(9)
-    assert (first.id, other.id) == (mine[0][0], of("u2", 9)[0])
+    assert (first.id, other.id) == (mine[0][2].id, of("u2", 9)[2].id)
     erased = await erase(bench, batch=2)
     assert (erased.waiting, erased.in_flight) == (4, 1)
     await bench.settle(result(first, "delivered"))
     await bench.take(mine[6])  # new, and nothing of before holds it up
-    assert [c.id for c in await bench.claim(9)] == [mine[6][0]]
+    assert [c.id for c in await bench.claim(9)] == [mine[6][2].id]
 
 
 async def test_a_second_time_finds_nothing(bench: Bench) -> None:

@@ -7,7 +7,8 @@ from typing import cast
 
 import pytest
 
-from relay.queue import Claimed, Event
+from relay.queue import Claimed
+from relay.queueable import Queueable
 from tests.queues import Bench, event, result, simulated
 
 pytestmark = pytest.mark.anyio
@@ -21,7 +22,7 @@ async def bench(redis_url: str, prefix: str) -> AsyncIterator[Bench]:
         yield made
 
 
-def of(customer: str, n: int, **parts: object) -> Event:
+def of(customer: str, n: int, **parts: object) -> Queueable:
     return event(f"{customer}-{n}", customer=customer, **parts)  # type: ignore[arg-type]  # its own keywords
 
 

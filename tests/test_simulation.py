@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay.limits import parse_budget
-from relay.queue import QUEUED, Claimed, Event, Queue, Result
+from relay.queue import QUEUED, Claimed, Queue, Result
+from relay.queueable import Queueable
 from relay.verdicts import Answer, Verdict
 from simulation import report
 from simulation.__main__ import DOCS
@@ -24,6 +25,7 @@ from simulation.referee import Finding, Left, Referee, most_within, span
 from simulation.scenarios import SCENARIOS, shorter
 from simulation.timeline import Timeline
 from simulation.voucherify import Heard
+from tests.queues import event
 
 pytestmark = pytest.mark.anyio
 
@@ -249,7 +251,7 @@ async def simulated(valkey_url: str, prefix: str) -> AsyncIterator[tuple[Queue, 
     await queue.aclose()
 
 
-async def take(queue: Queue, seq: int, event: Event) -> int:
+async def take(queue: Queue, seq: int, event: Queueable) -> int:
     [reply] = await queue.commit("w:0", seq, [("ip", [event])], [])
     return reply.codes[0]
 
@@ -259,11 +261,11 @@ async def test_keys_expire_in_simulated_time(
 ) -> None:
     queue, clock = simulated
     special = ("digest", 600_000, 0, 0, False, "", 0, 0, False)
-    event = ("", False, "c", "e", "low", "at_least_once", 9_000_000, "{}", special)
+    one = event("1", customer="c", lane="low", ttl_ms=9_000_000, special=special)
     window = f"{queue.prefix}:coalesce:c:digest"
     client = redis.asyncio.Redis.from_url(valkey_url)
     try:
-        assert await take(queue, 1, ("1", *event[1:])) == QUEUED
+        assert await take(queue, 1, one) == QUEUED
         assert await queue.tick("a", 1, look_out=False)
         clock.now_ms += 599_999
         await queue.reap()

@@ -19,10 +19,9 @@ from relay.queue import (
     NO_ROOM,
     QUEUED,
     USED_UP,
-    Event,
     Queue,
-    Special,
 )
+from relay.queueable import Queueable, Special
 from tests.queues import SIMULATED, Bench, Clock, event, result, seen_key
 from tests.support import eventually
 
@@ -50,7 +49,7 @@ def of(
     life_ms: int = 60_000,
     token_dry: bool = False,
     **parts: object,
-) -> Event:
+) -> Queueable:
     special: Special = (
         *(name, coalesce_ms, quota, period_ms, limit_dry),
         *(token, uses, life_ms, token_dry),
@@ -228,9 +227,9 @@ async def test_who_waits_for_an_outcome_hears_that_a_later_one_came(make: Make) 
     bench = await make()
     first, second, third = (of(n, coalesce_ms=WINDOW_MS) for n in "abc")
     for one, after in ((first, second), (second, third)):
-        await bench.queue.expect(one, 5)
+        await bench.queue.expect(one[2], 5)
         await bench.codes(one, after)
-        told = await bench.queue.outcome(one, 1)
+        told = await bench.queue.outcome(one[2], 1)
         assert told == {"outcome": "coalesced", "reason": "coalesced"}
 
 
@@ -293,7 +292,7 @@ async def test_a_coalesced_event_without_an_id_is_forgotten_as_soon_as_others(
     assert await bench.codes(of(coalesce_ms=WINDOW_MS), made) == [QUEUED, COALESCED]
     # An id of the relay's own making is known for two minutes, as when it is queued:
     # else page views of anybody would fill Redis with a day of them.
-    assert await bench.client.pttl(seen_key(bench.queue, "c", made[0])) <= 120_000
+    assert await bench.client.pttl(seen_key(bench.queue, "c", made[2].id)) <= 120_000
 
 
 async def test_what_is_coalesced_is_charged_nowhere(make: Make) -> None:
@@ -686,7 +685,7 @@ async def test_the_script_decides_as_the_rules_say(
         await bench.clock.pass_ms(step)
         model.now_ms += step
         expected: list[int] = []
-        events: list[Event] = []
+        events: list[Queueable] = []
         for one in asked:
             expected += model.admit(**one)  # type: ignore[arg-type]  # as drawn
             events.append(
