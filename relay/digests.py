@@ -26,7 +26,6 @@ class Digests:
 
     def customer(
         self,
-        *,
         id: str | None = None,  # noqa: A002  # Voucherify's name
         source_id: str | None = None,
         signed: bool = False,

@@ -201,7 +201,9 @@ class Edge:
         """
         lines = () if forwarded is None else (forwarded,)
         client = client_address(peer, lines, self._proxies)
-        return self._digests.address(address_key(client))
+        if ":" in client:
+            client = address_key(client)
+        return self._digests.address(client)
 
     def request_id(self, asked: bytes | None, peer: str | None) -> bytes:
         """A trusted proxy's own id, so that its log and ours can be joined."""
@@ -259,7 +261,7 @@ class Edge:
 
     # --- the body ------------------------------------------------------------------
 
-    def body(self, head: Head, body: bytes, *, now: float) -> Admitted | Response:
+    def body(self, head: Head, body: bytes, now: float) -> Admitted | Response:
         """Judge the events. A whole body that cannot be read counts as one event."""
         if head.form.gzip:
             inflated = inflate(body)
@@ -296,14 +298,12 @@ class Edge:
 
     def _admit(self, event: Event, sender: Sender, now: float) -> Queueable:
         event_id = event.id or self._new_id()
-        ruling = self.policy.judge(event, sender, event_id=event_id, now=now)
+        ruling = self.policy.judge(event, sender, event_id, now)
         who = ruling.customer
         waiting = Waiting(
             event_id,
             event.event,
-            self._digests.customer(
-                id=who.id, source_id=who.source_id, signed=ruling.signed
-            ),
+            self._digests.customer(who.id, who.source_id, ruling.signed),
             ruling.delivery,
             ruling.ttl_ms,
             ruling.lane,

@@ -223,7 +223,7 @@ class Track:
         """Have the events taken in; an answer at once, where there is one."""
         if len(body) > MAX_BODY_BYTES:
             return self._edge.too_large(head)
-        admitted = self._edge.body(head, body, now=self._clock())
+        admitted = self._edge.body(head, body, self._clock())
         if isinstance(admitted, Response):
             return admitted
         if self.draining:
@@ -316,7 +316,7 @@ class Track:
         return False
 
     async def _take(self, head: Head, body: bytes) -> Response:
-        admitted = self._edge.body(head, body, now=self._clock())
+        admitted = self._edge.body(head, body, self._clock())
         if isinstance(admitted, Response):
             return admitted
         if self.draining:

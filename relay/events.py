@@ -15,6 +15,7 @@ Pure: bytes in, values out. Numbers keep their kind and every digit.
 import re
 from collections.abc import Mapping
 from datetime import date, datetime, timedelta
+from string import ascii_letters, digits
 from typing import Annotated
 
 import msgspec
@@ -429,10 +430,12 @@ class _Peek(Struct):
 _decode_peek = msgspec.json.Decoder(_Peek).decode
 
 
+_ID_LETTERS = frozenset(f"{ascii_letters}{digits}_-")
+
+
 def _is_id(text: str) -> bool:
-    """1 to 64 of A-Z a-z 0-9 _ and -; a regular expression takes three times that."""
-    plain = text.replace("-", "0").replace("_", "0")
-    return len(text) <= MAX_ID and plain.isalnum() and plain.isascii()
+    """1 to 64 of A-Z a-z 0-9 _ and -."""
+    return 0 < len(text) <= MAX_ID and _ID_LETTERS.issuperset(text)
 
 
 def _peek(raw: Raw | bytes) -> tuple[str, str | None]:

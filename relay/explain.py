@@ -63,7 +63,6 @@ class _Telling(Policy):
         self,
         event: Event,
         sender: Sender,
-        *,
         event_id: str,
         now: float,
         say: Callable[[str, str], None] | None = None,

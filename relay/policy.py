@@ -72,7 +72,6 @@ class Policy:
         self,
         event: Event,
         sender: Sender,
-        *,
         event_id: str,
         now: float,
         say: Callable[[str, str], None] | None = None,

@@ -33,6 +33,16 @@ _CLOSE = (b"connection", b"close")
 _CLOSES = b"connection: close\r\n"
 
 
+class _Usual(Struct):
+    """uvicorn's own headers, made anew each second for the date, and as written."""
+
+    headers: object = None
+    wire: bytes = b""
+
+
+_usual = _Usual()
+
+
 class Beacon(Struct):
     """A request on the short way, with what uvicorn asks of a request."""
 
@@ -56,7 +66,11 @@ class Beacon(Struct):
             return
         self.response_complete = True
         protocol = self.protocol
-        usual, closes = protocol._usual_headers(), not self.keep_alive
+        headers, closes = protocol.server_state.default_headers, not self.keep_alive
+        if headers is not _usual.headers:
+            _usual.headers = headers
+            _usual.wire = b"".join(b"%s: %s\r\n" % pair for pair in headers)
+        usual = _usual.wire
         if type(said) is Response and _CLOSE in said.own:
             closes = True
         elif closes:
@@ -64,7 +78,7 @@ class Beacon(Struct):
         protocol.transport.write(b"".join((STATUS_LINE[said.status], usual, said.text)))
         if closes:
             protocol.transport.close()
-        if protocol.pipeline or protocol.transport.is_closing():
+        if protocol.pipeline:
             protocol.on_response_complete()
             return
         protocol.server_state.total_requests += 1
@@ -79,8 +93,6 @@ class Beacon(Struct):
 class BeaconProtocol(HttpToolsProtocol):
     """uvicorn's protocol on httptools, with the short way."""
 
-    # Of the last headers that uvicorn adds to each answer, and how they are written.
-    _usual: tuple[object, bytes] = (None, b"")
     _tracks: Mapping[bytes, Track] = {}
     _peer: str | None = None
     # Since when nothing is asked on this connection, by the loop's clock, and the timer
@@ -192,12 +204,3 @@ class BeaconProtocol(HttpToolsProtocol):
             self._idle_timer = self.loop.call_later(left, self._look_whether_idle)
         else:
             self.timeout_keep_alive_handler()
-
-    def _usual_headers(self) -> bytes:
-        """uvicorn's own headers; it makes them anew each second, for the date."""
-        headers = self.server_state.default_headers
-        known, text = BeaconProtocol._usual
-        if known is not headers:
-            text = b"".join(b"%s: %s\r\n" % pair for pair in headers)
-            BeaconProtocol._usual = (headers, text)
-        return text
