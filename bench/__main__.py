@@ -16,6 +16,7 @@ from bench.profile import profile
 from bench.report import write_report
 from bench.results import Record, keep
 from bench.sections import SECTIONS
+from bench.steps import count_steps
 from bench.versions import versions
 
 
@@ -32,7 +33,8 @@ def main() -> None:
         "sections",
         nargs="*",
         help=f"of {', '.join(SECTIONS)}; default: all. Or `report`: write what is "
-        "kept; or `profile`: where the relay's time goes",
+        "kept; or `profile`: where the relay's time goes; or `steps`: how much Python "
+        "does for a beacon",
     )
     parser.add_argument(
         "--against",
@@ -49,6 +51,9 @@ def main() -> None:
         "--quick", action="store_true", help="one short round: checks the harness"
     )
     asked = parser.parse_args()
+    if asked.sections == ["steps"]:
+        count_steps(asked.against, say=say)
+        return
     if asked.against is not None:
         versions(asked.against, rounds=asked.rounds, seconds=asked.seconds, say=say)
         return

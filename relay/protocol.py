@@ -94,6 +94,7 @@ class BeaconProtocol(HttpToolsProtocol):
     """uvicorn's protocol on httptools, with the short way."""
 
     _tracks: Mapping[bytes, Track] = {}
+    _fields: dict[bytes, bytes]
     _peer: str | None = None
     # Since when nothing is asked on this connection, by the loop's clock, and the timer
     # that looks at it. uvicorn sets one for each request, which costs a microsecond.
@@ -110,19 +111,25 @@ class BeaconProtocol(HttpToolsProtocol):
         self._idle_since = 0.0
         # The rest is only needed where ASGI is.
         self.url = b""
+        self._fields = {}
         self.headers = []
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self.headers.append((name.lower(), value))
+        # By name at once, and apart what comes again: but the same single character,
+        # which is one object, and says no more the second time.
+        if self._fields.setdefault(name.lower(), value) is not value:
+            self.headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         track = self._tracks.get(self.url)
         if track is not None:
-            fields = fields_of(self.headers)
+            fields: Fields = self._fields
+            if self.headers:
+                fields = fields_of([*fields.items(), *self.headers])
             if self._is_short(fields):
                 self.cycle = cast("object", Beacon(self, track, fields))  # type: ignore[assignment]  # as uvicorn uses it
                 return
-        url, headers = self.url, self.headers
+        url, headers = self.url, [*self._fields.items(), *self.headers]
         super().on_message_begin()
         self.url = url
         for header in headers:  # into the list that the scope has
@@ -159,7 +166,7 @@ class BeaconProtocol(HttpToolsProtocol):
         if type(cycle) is not Beacon:
             super().on_message_complete()
             return
-        if not cycle.more_body or cycle.response_complete:
+        if cycle.response_complete:  # it was too slow
             return
         cycle.more_body = False
         if cycle.timer is not None:
@@ -167,7 +174,7 @@ class BeaconProtocol(HttpToolsProtocol):
         fields, body = cycle.fields, cycle.body
         # Nobody needs them while the answer is waited for, and what all connections
         # hold meanwhile must find room in the processor's cache.
-        cycle.fields, cycle.body, self.headers = _NO_FIELDS, b"", []
+        cycle.fields, cycle.body, self._fields = _NO_FIELDS, b"", {}
         cycle.track.take(fields, self._peer, body, cycle.answer)
 
     def data_received(self, data: bytes) -> None:

@@ -474,7 +474,8 @@ class Queue:
             await self._ops.set(self._wait_key(event), "", px=(seconds + 5) * 1000)
 
     def _wait_key(self, event: Waiting) -> str:
-        return f"{self.prefix}:wait:{event.customer}:{id_digest(event.id)}"
+        customer, digest = event.customer, id_digest(event.id)
+        return f"{self.prefix}:wait:{customer}:{digest}"
 
     async def outcome(self, event: Waiting, seconds: float) -> dict[str, object] | None:
         """Wait for an expected outcome; None when it is not known by then.

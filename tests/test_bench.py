@@ -25,6 +25,7 @@ from bench.profile import summed
 from bench.results import Record, Spread, against, spread
 from bench.sections import SECTIONS
 from bench.stack import Counts
+from bench.steps import counts
 from bench.versions import versions
 from relay import events
 from relay.settings import Role, Settings, load_settings
@@ -366,6 +367,14 @@ def test_a_ratio_is_to_the_floor_of_its_own_round() -> None:
     assert spread([3.0, 1.0, 2.0]) == Spread(median=2.0, low=1.0, high=3.0)
     assert spread([1.0, 2.0, 3.0]).overlaps(spread([2.0, 2.5, 3.0]))
     assert not spread([1.0, 2.0, 3.0]).overlaps(spread([2.9, 3.5, 4.0]))
+
+
+def test_what_python_does_for_a_beacon_is_counted_and_not_timed() -> None:
+    steps, calls = counts(ROOT)
+    assert calls["Policy.judge (policy.py)"] == 1
+    assert steps["Policy.judge (policy.py)"] > 50
+    assert not any("(steps.py)" in name for name in steps)
+    assert (steps, calls) == counts(ROOT)
 
 
 def test_samples_of_a_profile_are_summed_by_function() -> None:
