@@ -6,7 +6,7 @@ not trusted is the client itself, whatever it sends. No input raises.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import lru_cache
 from ipaddress import (
     IPv4Address,
@@ -106,21 +106,19 @@ class TrustedProxies:
 
 
 def client_address(
-    peer: str | None, forwarded_for: Sequence[bytes | str], trusted: TrustedProxies
+    peer: str | None, forwarded_for: str, trusted: TrustedProxies
 ) -> str:
     """Give the address of the client, in its canonical form.
 
     `peer` is the other end of the connection, `None` on a unix socket (then the
-    answer may be "unix"). `forwarded_for` holds the lines of `X-Forwarded-For` in
-    the order they came.
+    answer may be "unix"). `forwarded_for` is `X-Forwarded-For`: several lines are one
+    list, as `headers.fields_of` makes it; empty where there is none.
     """
     client = None
     if forwarded_for and trusted.trusts(peer):
-        if len(forwarded_for) == 1 and isinstance(alone := forwarded_for[0], bytes):
-            # What one proxy says: an address, which needs no more than this look.
-            text = alone.decode("latin-1")
-            if _plain_v4(text) and not trusted.trusts_canonical(text):
-                return text
+        # What one proxy says: an address, which needs no more than this look.
+        if _plain_v4(forwarded_for) and not trusted.trusts_canonical(forwarded_for):
+            return forwarded_for
         for entry in _from_the_right(forwarded_for):
             address = _canonical(entry)
             if address is None:  # Whoever wrote it, nothing left can be believed.
@@ -185,11 +183,9 @@ def _runs(network: IPv4Network) -> Iterable[str]:
         yield run if length == 4 else f"{run}."
 
 
-def _from_the_right(lines: Sequence[bytes | str]) -> list[str]:
-    texts = [x.decode("latin-1") if isinstance(x, bytes) else x for x in lines]
-    # RFC 9110, 5.3: several lines are one list. One more split than is read, so that
-    # the unsplit rest is never an entry.
-    entries = ",".join(texts).rsplit(",", MAX_HOPS)[-MAX_HOPS:]
+def _from_the_right(line: str) -> list[str]:
+    # One more split than is read, so that the unsplit rest is never an entry.
+    entries = line.rsplit(",", MAX_HOPS)[-MAX_HOPS:]
     stripped = [entry.strip(" \t")[: MAX_ENTRY + 1] for entry in reversed(entries)]
     return [entry for entry in stripped if entry]  # 5.6.1: empty ones are ignored
 

@@ -160,8 +160,10 @@ class Edge:
     def head(self, method: str, fields: Fields, peer: str | None) -> Head | Response:
         """Judge a request by its headers; the body is not needed for a refusal."""
         get = fields.get
-        asked = get(b"x-request-id")
-        request_id = self._made() if asked is None else self.request_id(asked, peer)
+        if b"x-request-id" in fields:
+            request_id = self.request_id(fields[b"x-request-id"], peer)
+        else:
+            request_id = self._made()
         form = self._forms.read(
             get(b"origin"), get(b"content-type", b""), get(b"content-encoding")
         )
@@ -172,35 +174,33 @@ class Edge:
             return self._at_fault(request_id, form, form.forbidden)
         if form.fault is not None:
             return self._at_fault(request_id, form, form.fault)
-        token, forwarded = get(b"relay-token"), get(b"x-forwarded-for")
+        forwarded = get(b"x-forwarded-for", b"").decode("latin-1")
+        token = None
+        if b"relay-token" in fields:
+            token = fields[b"relay-token"].decode("latin-1") or None
+        gpc = b"sec-gpc" in fields and fields[b"sec-gpc"] == b"1"
         head = Head(
             request_id,
             form,
             self._address(peer, forwarded),
-            Sender(
-                form.origin,
-                form.allowed,
-                token.decode("latin-1") if token else None,
-                get(b"sec-gpc") == b"1",
-            ),
+            Sender(form.origin, form.allowed, token, gpc),
             _wait_s(fields[b"prefer"]) if b"prefer" in fields else 0,
             get(b"user-agent", b""),
         )
-        if forwarded is not None and not self._proxies.trusts(peer):
+        if forwarded and not self._proxies.trusts(peer):
             head.sender.notes.append("untrusted_proxy")
         length = get(b"content-length", b"")
         if len(length) > 4 and _is_large(length):
             return self.too_large(head)
         return head
 
-    def _address(self, peer: str | None, forwarded: bytes | None) -> str:
+    def _address(self, peer: str | None, forwarded: str) -> str:
         """The digest by which limits count whoever sends.
 
         Not kept for the next time: where it is asked for often enough to matter, from
         many at once, to look through those kept takes longer.
         """
-        lines = () if forwarded is None else (forwarded,)
-        client = client_address(peer, lines, self._proxies)
+        client = client_address(peer, forwarded, self._proxies)
         if ":" in client:
             client = address_key(client)
         return self._digests.address(client)

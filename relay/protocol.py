@@ -8,7 +8,6 @@ checks are the same: `endpoints.Track` has both ways in.
 
 import asyncio
 from collections.abc import Mapping
-from typing import cast
 
 from msgspec import Struct
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -127,7 +126,7 @@ class BeaconProtocol(HttpToolsProtocol):
             if self.headers:
                 fields = fields_of([*fields.items(), *self.headers])
             if self._is_short(fields):
-                self.cycle = cast("object", Beacon(self, track, fields))  # type: ignore[assignment]  # as uvicorn uses it
+                self.cycle = Beacon(self, track, fields)  # type: ignore[assignment]  # as uvicorn uses it
                 return
         url, headers = self.url, [*self._fields.items(), *self.headers]
         super().on_message_begin()
