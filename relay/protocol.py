@@ -114,8 +114,8 @@ class BeaconProtocol(HttpToolsProtocol):
         self.headers = []
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        # By name at once, and apart what comes again: but the same single character,
-        # which is one object, and says no more the second time.
+        # By name at once, and apart what comes again: but for nothing or a single
+        # character, which is one object and says no more the second time.
         if self._fields.setdefault(name.lower(), value) is not value:
             self.headers.append((name.lower(), value))
 

@@ -15,7 +15,7 @@ from uvicorn._types import ASGIApplication
 
 from relay.answers import Response
 from relay.endpoints import Track
-from relay.headers import Fields
+from relay.headers import Fields, fields_of
 from relay.protocol import BeaconProtocol
 from tests.support import eventually, serve
 
@@ -31,6 +31,7 @@ class App:
 
     body_timeout_s: float = 5.0
     seen: list[tuple[str, bytes]] = field(default_factory=list)
+    fields: list[Fields] = field(default_factory=list)
     held: list[Callable[[Response], None]] = field(default_factory=list)
     at_once: float = math.inf  # so many beacons are answered, the others held
     beacons: dict[bytes, Track] = field(default_factory=dict)
@@ -39,7 +40,7 @@ class App:
         self.beacons = {b"/track": cast("Track", self)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        del scope
+        self.fields.append(fields_of(scope["headers"]))
         message = await receive()
         self.seen.append(("asgi", message.get("body", b"")))
         start = {"type": "http.response.start", "status": 200}
@@ -56,6 +57,7 @@ class App:
         assert fields[b"host"] == b"x"
         assert peer == "127.0.0.1"
         self.seen.append(("short", body))
+        self.fields.append(fields)
         if self.at_once > 0:
             self.at_once -= 1
             answer(said())
@@ -131,6 +133,40 @@ async def test_only_what_is_plain_goes_past_asgi(request_: str, way: str) -> Non
     assert app.seen[0][0] == way
     assert got.endswith(way.encode())
     assert b"\r\ndate: " in got.lower()
+
+
+async def test_headers_that_come_again_are_read_alike_on_both_ways() -> None:
+    app = App()
+    again = (
+        "X-Forwarded-For: 192.0.2.1\r\nOrigin: https://a\r\nUser-Agent: one\r\n"
+        "sec-gpc: 1\r\nempty:\r\nx-forwarded-for: 10.0.0.1, 10.0.0.2\r\n"
+        "ORIGIN: https://b\r\nuser-agent: two\r\nSec-GPC: 1\r\nEmpty:\r\n"
+    )
+    for request in (PLAIN, PLAIN.replace("/track", "/track?x=1")):
+        await asked(app, request.replace("host: x\r\n", f"host: x\r\n{again}"))
+    assert [way for way, _ in app.seen] == ["short", "asgi"]
+    assert app.fields[0] == app.fields[1]
+    assert app.fields[0] == {
+        b"host": b"x",
+        b"content-length": b"2",
+        b"x-forwarded-for": b"192.0.2.1,10.0.0.1, 10.0.0.2",
+        b"origin": b"https://a https://b",
+        b"user-agent": b"two",
+        b"sec-gpc": b"1",
+        b"empty": b"",
+    }
+
+
+async def test_no_header_is_left_over_for_the_next_request() -> None:
+    app = App()
+    first = PLAIN.replace("host: x", "host: x\r\norigin: https://a")
+    async with spoken(app) as (reader, writer):
+        for request in (first, PLAIN, first.replace("/track", "/other"), PLAIN):
+            writer.write(request.encode())
+            async with asyncio.timeout(10):
+                await reader.readuntil(b"asgi" if "/other" in request else b"short")
+        writer.close()
+    assert [b"origin" in fields for fields in app.fields] == [True, False, True, False]
 
 
 async def test_a_connection_is_used_again_on_both_ways() -> None:
