@@ -29,7 +29,7 @@ def block(*headers: Header) -> Block:
     return Block(headers, b"".join([b"%s: %s\r\n" % header for header in headers]))
 
 
-def fields_of(headers: Sequence[Header]) -> Fields:
+def fields_of(headers: Sequence[Header]) -> dict[bytes, bytes]:
     """The headers of a request by their names."""
     fields = dict(headers)
     if len(fields) != len(headers):

@@ -27,7 +27,6 @@ class _Nobody:
 _NOBODY = _Nobody()
 _ASKS_MORE = frozenset({b"prefer", b"transfer-encoding", b"expect", b"upgrade"})
 _receive = HttpToolsProtocol.data_received  # `super()` is made anew at each call
-_NO_FIELDS: Fields = {}
 _CLOSE = (b"connection", b"close")
 _CLOSES = b"connection: close\r\n"
 
@@ -47,10 +46,6 @@ class Beacon(Struct):
 
     protocol: "BeaconProtocol"
     track: Track
-    fields: Fields
-    body: bytes = b""
-    more_body: bool = True
-    timer: asyncio.TimerHandle | None = None
     keep_alive: bool = True
     disconnected: bool = False
     response_complete: bool = False
@@ -92,18 +87,18 @@ class Beacon(Struct):
 class BeaconProtocol(HttpToolsProtocol):
     """uvicorn's protocol on httptools, with the short way."""
 
-    _tracks: Mapping[bytes, Track] = {}
-    _fields: dict[bytes, bytes]
-    _peer: str | None = None
-    # Since when nothing is asked on this connection, by the loop's clock, and the timer
-    # that looks at it. uvicorn sets one for each request, which costs a microsecond.
-    _idle_since = 0.0
-    _idle_timer: asyncio.TimerHandle | None = None
-
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
-        self._tracks = getattr(self.app, "beacons", {})
+        self._tracks: Mapping[bytes, Track] = getattr(self.app, "beacons", {})
         self._peer = self.client[0] if self.client else None
+        # Of the request that is read, and for a beacon whether its end is to come.
+        self._fields: dict[bytes, bytes] = {}
+        self._body, self._unread = b"", False
+        self._body_timer: asyncio.TimerHandle | None = None
+        # Since when nothing is asked, by the loop's clock, and the timer that looks at
+        # it. uvicorn sets one for each request, which costs a microsecond.
+        self._idle_since = 0.0
+        self._idle_timer: asyncio.TimerHandle | None = None
 
     def on_message_begin(self) -> None:
         # Here too: what came in one piece with another begins after that is answered.
@@ -122,11 +117,12 @@ class BeaconProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         track = self._tracks.get(self.url)
         if track is not None:
-            fields: Fields = self._fields
+            fields = self._fields
             if self.headers:
                 fields = fields_of([*fields.items(), *self.headers])
             if self._is_short(fields):
-                self.cycle = Beacon(self, track, fields)  # type: ignore[assignment]  # as uvicorn uses it
+                self._fields, self._unread = fields, True
+                self.cycle = Beacon(self, track)  # type: ignore[assignment]  # as uvicorn uses it
                 return
         url, headers = self.url, [*self._fields.items(), *self.headers]
         super().on_message_begin()
@@ -154,52 +150,50 @@ class BeaconProtocol(HttpToolsProtocol):
         )
 
     def on_body(self, body: bytes) -> None:
-        cycle: object = self.cycle
-        if type(cycle) is Beacon:
-            cycle.body += body
+        if self._unread:
+            self._body += body
         else:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        cycle: object = self.cycle
-        if type(cycle) is not Beacon:
+        if not self._unread:
             super().on_message_complete()
             return
-        if cycle.response_complete:  # it was too slow
-            return
-        cycle.more_body = False
-        if cycle.timer is not None:
-            cycle.timer.cancel()
-        fields, body = cycle.fields, cycle.body
+        self._unread = False
+        if self._body_timer is not None:
+            self._body_timer.cancel()
+            self._body_timer = None
+        fields, body = self._fields, self._body
         # Nobody needs them while the answer is waited for, and what all connections
         # hold meanwhile must find room in the processor's cache.
-        cycle.fields, cycle.body, self._fields = _NO_FIELDS, b"", {}
-        cycle.track.take(fields, self._peer, body, cycle.answer)
+        self._fields, self._body = {}, b""
+        beacon: Beacon = self.cycle  # type: ignore[assignment]  # what is unread is one
+        beacon.track.take(fields, self._peer, body, beacon.answer)
 
     def data_received(self, data: bytes) -> None:
         self._idle_since = 0.0
         _receive(self, data)
-        cycle: object = self.cycle
-        if type(cycle) is Beacon and cycle.more_body and cycle.timer is None:
+        if self._unread and self._body_timer is None:
             # In most cases the body has come with the headers, and needs no timer.
-            cycle.timer = self.loop.call_later(
-                cycle.track.body_timeout_s, self._stop_waiting, cycle
+            beacon: Beacon = self.cycle  # type: ignore[assignment]  # what is unread is one
+            self._body_timer = self.loop.call_later(
+                beacon.track.body_timeout_s, self._stop_waiting, beacon
             )
 
     def connection_lost(self, exc: Exception | None) -> None:
-        cycle: object = self.cycle
-        if type(cycle) is Beacon and cycle.timer is not None:
-            cycle.timer.cancel()
+        if self._body_timer is not None:
+            self._body_timer.cancel()
         if self._idle_timer is not None:
             self._idle_timer.cancel()
         super().connection_lost(exc)
+        cycle: object = self.cycle
         if type(cycle) is Beacon:
             # It knows this connection, as this does it: neither would go by itself.
             self.cycle = None  # type: ignore[assignment]  # as uvicorn begins with
 
-    def _stop_waiting(self, cycle: Beacon) -> None:
-        if not cycle.disconnected and not cycle.response_complete:
-            cycle.answer(cycle.track.too_slow(cycle.fields, self._peer))
+    def _stop_waiting(self, beacon: Beacon) -> None:
+        self._unread, self._body_timer = False, None
+        beacon.answer(beacon.track.too_slow(self._fields, self._peer))
 
     def _look_whether_idle(self) -> None:
         self._idle_timer = None
