@@ -374,7 +374,9 @@ def test_what_python_does_for_a_beacon_is_counted_and_not_timed() -> None:
     assert calls["Policy.judge (policy.py)"] == 1
     assert steps["Policy.judge (policy.py)"] > 50
     assert not any("(steps.py)" in name for name in steps)
-    assert (steps, calls) == counts(ROOT)
+    again, _ = counts(ROOT)
+    always = {name for name, n in calls.items() if n >= 1}  # the rest is on timers, too
+    assert {n: steps[n] for n in always} == {n: again[n] for n in always}
 
 
 def test_samples_of_a_profile_are_summed_by_function() -> None:

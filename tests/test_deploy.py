@@ -293,7 +293,8 @@ class TestNginx:
     def test_it_passes_what_the_relay_reads(self) -> None:
         """Each header that the edge looks at; nginx passes no other."""
         edge = (ROOT / "relay" / "edge.py").read_text()
-        read = set(re.findall(r'\bget\(b"([a-z-]+)"', edge)) - {"content-length"}
+        read = set(re.findall(r'\b(?:get\(|fields\[)b"([a-z-]+)"', edge))
+        read -= {"content-length"}
         text = (NGINX / "relay.conf").read_text()
         passed = re.findall(r"^    proxy_set_header ([\w-]+)", text, re.MULTILINE)
         assert len(read) >= 8
