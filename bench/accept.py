@@ -30,7 +30,7 @@ from bench.stack import (
 WARM_UP_S = 1
 SETTLE_S = 0.8  # refusals of the edge are counted at most half a second late
 FOREIGN_MOST = 0.15  # of a core, for whatever else the machine does during a run
-TRIES = 10
+TRIES, PAUSE_S = 12, 1.0  # each pause longer by this: a busy spell is a minute's
 Peer = Callable[[Store, Upstream], AbstractContextManager[Served]]
 Say = Callable[[str], None]
 
@@ -232,7 +232,8 @@ class Subject:
 
 def _undisturbed(subject: Subject, all_: list[Subject], say: Say) -> None:
     """A second in which the machine did little else; repeated loudly until then."""
-    for _ in range(TRIES):
+    for n in range(TRIES):
+        time.sleep(n * PAUSE_S)
         before, busy = {id(each): each.costs() for each in all_}, busy_s()
         load = subject.load(1)
         busy = busy_s() - busy

@@ -42,7 +42,7 @@ log = structlog.get_logger()
 
 # Whoever waits for a result. Must not raise.
 Then = Callable[[Reply | Exception], None]
-Waiting = tuple[Packed, int, Then]  # with the number of its events
+Pending = tuple[Packed, int, Then]  # a request, with the number of its events
 
 
 class Commits(Protocol):
@@ -68,7 +68,7 @@ class _Commit(Struct, gc=False):
     admission: "Admission"
     slot: str
     seq: int
-    batch: list[Waiting]
+    batch: list[Pending]
     refused: Counter[tuple[str, str, str]]  # what rides along
     deadline: float  # of trying, by the loop's clock
 
@@ -95,7 +95,7 @@ class Admission:
     def __init__(self, queue: Commits, *, deadline_s: float = DEADLINE_S) -> None:
         self._queue = queue
         self._deadline_s = deadline_s
-        self._waiting: deque[Waiting] = deque()
+        self._waiting: deque[Pending] = deque()
         self._waiting_events = self._waiting_bytes = 0
         self._refused: Counter[tuple[str, str, str]] = Counter()
         # A slot remembers its last reply in Redis, so each has one commit at a time.
@@ -185,7 +185,7 @@ class Admission:
         ):
             self._send(self._slots.pop(), self._batch())
 
-    def _send(self, slot: str, batch: list[Waiting]) -> None:
+    def _send(self, slot: str, batch: list[Pending]) -> None:
         """Commit some requests: at once, or where that cannot be, in a task."""
         refused, self._refused = self._refused, Counter()
         self._seq += 1
@@ -216,7 +216,7 @@ class Admission:
         self._running.add(task)
         task.add_done_callback(self._running.discard)
 
-    def _batch(self) -> list[Waiting]:
+    def _batch(self) -> list[Pending]:
         """What shares the next commit: all that waits, where that is not too much."""
         if (
             len(self._waiting) <= MAX_BATCH_REQUESTS
@@ -298,7 +298,7 @@ class Admission:
             await self._queue.commit(slot, seq, [], counts)
             del self._unsure[slot]
 
-    def _fail(self, batch: list[Waiting], error: QueueUnavailable) -> None:
+    def _fail(self, batch: list[Pending], error: QueueUnavailable) -> None:
         """Redis stayed away: answer everyone who waits, and ask again in a while."""
         again_in_s = self._open_s
         self._open_until = self._loop.time() + again_in_s

@@ -270,7 +270,7 @@ class Track:
                     body, ended = await self._read_rest(receive, body or b"")
         except TimeoutError:
             return self._edge.too_slow(head)
-        if body is None or not _over(len(body)):
+        if body is None or len(body) <= MAX_BODY_BYTES:
             return body
         response = self._edge.too_large(head)
         if not ended and not await self._discard(receive, len(body)):
@@ -282,7 +282,7 @@ class Track:
     ) -> tuple[bytes | None, bool]:
         """The body and whether it has ended, which it need not when it is over."""
         chunks, size = [first], len(first)
-        while not _over(size):
+        while size <= MAX_BODY_BYTES:
             message = await receive()
             if message["type"] != "http.request":
                 return None, True
@@ -423,7 +423,3 @@ def _worth_reading(fields: Fields) -> bool:
         return False
     length = fields.get(b"content-length", b"")
     return not length.isdigit() or int(length[:19]) <= MAX_DISCARDED_BYTES
-
-
-def _over(size: int) -> bool:
-    return size > MAX_BODY_BYTES

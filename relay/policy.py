@@ -128,7 +128,7 @@ class Policy:
         paying = event.loyalty is not None or event.referral is not None
         delivery = rule.delivery or ("at_most_once" if paying else "at_least_once")
         if delivery == "verify":
-            delivery = self._verify(rule, own)
+            delivery = self._verifying(rule, own)
         return Ruling(
             customer,
             rule.priority,
@@ -242,7 +242,8 @@ class Policy:
             return "without a token only source_id or id may (RELAY_ANONYMOUS)"
         return f"{rule.place}.customer lists {', '.join(sorted(allowed))}"
 
-    def _verify(self, rule: Rule, own: Mapping[str, str] | None) -> str:
+    def _verifying(self, rule: Rule, own: Mapping[str, str] | None) -> str:
+        """`verify` with its property; or where that cannot be done, the safe rule."""
         # Without its own id in it, or nobody to ask, it cannot be found again.
         named = self._verifies and own is not None and rule.event_id in own
         return f"verify:{rule.event_id}" if named else "at_most_once"

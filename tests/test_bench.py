@@ -335,6 +335,7 @@ def test_a_second_in_which_others_are_busy_is_sent_but_does_not_count(
             return next(most) >= foreign
 
     monkeypatch.setattr(accept, "FOREIGN_MOST", Most())
+    monkeypatch.setattr(accept, "PAUSE_S", 0)
     told = accept.side_by_side(variants, seconds=1, peers={}, say=said.append)
     assert [line.split()[2] for line in said] == ["two:"]
     assert told["one"]["events_per_s"] > 0 < told["two"]["events_per_s"]
