@@ -631,6 +631,16 @@ class Queue:
         ):
             async with self._asking():
                 erased += await self._ops.hdel(key, *wanted)
+        # The newest one first: meanwhile it may become the one before.
+        for key in (
+            f"{self.prefix}:seen",
+            f"{self.prefix}:seen:before",
+            f"{self.prefix}:seen:oldest",
+            f"{self.prefix}:made",
+            f"{self.prefix}:made:before",
+        ):
+            for digest in digests:
+                erased += await self._forget_fields(key, f"{digest}:*")
         # Of the whole server, since Redis cannot look for keys in another way; in
         # steps, so that others come between.
         pattern = re.sub(r"([\\*?\[\]])", r"\\\1", self.prefix) + ":*"
@@ -647,6 +657,19 @@ class Queue:
                 ]
                 if theirs:
                     erased += await self._ops.unlink(*theirs)
+            if cursor == 0:
+                return erased
+
+    async def _forget_fields(self, key: str, pattern: str) -> int:
+        """Take the fields of this form out of a hash, in steps."""
+        erased = cursor = 0
+        while True:
+            async with self._asking():
+                cursor, found = await self._ops.hscan(
+                    key, cursor, match=pattern, count=1000
+                )
+                if found:
+                    erased += await self._ops.hdel(key, *found)
             if cursor == 0:
                 return erased
 

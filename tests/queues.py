@@ -17,7 +17,6 @@ from relay.queue import (
     Reply,
     Result,
     Scripts,
-    id_digest,
 )
 from relay.queueable import Queueable, Request, Special, Waiting
 
@@ -52,11 +51,6 @@ def result(claimed: Claimed, verdict: str, **parts: object) -> Result:
         verdict=verdict,
         **{"reason": verdict, **parts},  # type: ignore[arg-type]  # the test names them right
     )
-
-
-def seen_key(queue: Queue, customer: str, event_id: str) -> str:
-    """Where it stands that this id was taken for this customer."""
-    return f"{queue.prefix}:seen:{customer}:{id_digest(event_id)}"
 
 
 class Clock:

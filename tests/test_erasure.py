@@ -273,11 +273,11 @@ async def test_every_name_is_found_as_the_edge_writes_it(
 async def test_keys_of_others_under_a_like_prefix_stay(redis_url: str) -> None:
     """A prefix is no pattern, and a key that is not ours stops nothing."""
     client = redis.asyncio.Redis.from_url(redis_url)
-    for mark in (b"{e[a]*?}:\xff", b"{ea1}:seen:d:1", b"{e[a]*?}:seen:d:1"):
+    for mark in (b"{e[a]*?}:\xff", b"{ea1}:coalesce:d:1", b"{e[a]*?}:coalesce:d:1"):
         await client.set(mark, "")
     queue = Queue(url=redis_url, prefix="e[a]*?", timeout=5.0)
     assert await queue.forget_marks(["d"]) == 1
-    assert await client.delete(b"{e[a]*?}:\xff", b"{ea1}:seen:d:1") == 2
+    assert await client.delete(b"{e[a]*?}:\xff", b"{ea1}:coalesce:d:1") == 2
     await queue.aclose()
     await client.aclose()
 

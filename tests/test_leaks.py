@@ -251,7 +251,7 @@ def test_redis_is_heard_names_and_values_and_left_empty(
     secret = SecretStr("t0k3n-t0k3n").get_secret_value()
     scratch.person(EMAIL, "a customer's email", where())
     with redis.Redis.from_url(valkey_url) as server:
-        server.set(f"{key}seen:{EMAIL}", "")
+        server.set(f"{key}replayed:{EMAIL}", "")
         server.hset(f"{key}totals", secret, 1)
         server.zadd(f"{key}names", {EMAIL: 1})
         server.rpush(f"{key}budget:x", secret)
@@ -270,7 +270,7 @@ def test_redis_is_heard_names_and_values_and_left_empty(
         ("a SecretStr", "totals"),
         ("a customer's email", "catalog"),
         ("a customer's email", "names"),
-        ("a customer's email", f"seen:{EMAIL}"),
+        ("a customer's email", f"replayed:{EMAIL}"),
     ]
 
 

@@ -26,7 +26,7 @@ from relay.queue import (
     _reason,
     connect,
 )
-from tests.queues import SIMULATED, START_S, Bench, Clock, event, result, seen_key
+from tests.queues import SIMULATED, START_S, Bench, Clock, event, result
 
 pytestmark = pytest.mark.anyio
 
@@ -88,10 +88,66 @@ async def test_an_id_that_we_made_is_known_when_its_sender_repeats_it(
 ) -> None:
     bench = await make()
     made = event()
+    again = event(made[2].id, customer=made[2].customer)
     assert await bench.codes(made) == [QUEUED]
-    assert await bench.codes(event(made[2].id)) == [DUPLICATE]
-    key = seen_key(bench.queue, made[2].customer, made[2].id)
-    assert 0 < await bench.client.pttl(key) <= 120_000
+    assert await bench.codes(again) == [DUPLICATE]
+    await bench.clock.pass_ms(119_999)
+    assert await bench.codes(again) == [DUPLICATE]
+    # Not for longer, or page views of anybody would fill Redis with days of them.
+    await bench.clock.pass_ms(1)
+    assert await bench.codes(again) == [QUEUED]
+    assert await bench.client.pttl(f"{bench.queue.prefix}:made") <= 240_000
+
+
+async def test_an_id_is_known_for_its_window_wherever_it_stands(make: Make) -> None:
+    minute_ms = 60_000
+    bench = await make(dedupe_ms=60 * minute_ms)
+    keys = [f"{bench.queue.prefix}:seen{which}" for which in ("", ":before", ":oldest")]
+    first, middle, late = event("first"), event("middle"), event("late")
+
+    async def fields() -> list[int]:
+        return [await bench.client.hlen(key) for key in keys]
+
+    assert await bench.codes(first) == [QUEUED]
+    assert await bench.client.pttl(keys[0]) > 89 * minute_ms
+    await bench.clock.pass_ms(30 * minute_ms - 1)
+    assert await bench.codes(first, middle) == [DUPLICATE, QUEUED]
+    assert await fields() == [3, 0, 0]
+    await bench.clock.pass_ms(1)
+    assert await bench.codes(first, middle, late) == [DUPLICATE, DUPLICATE, QUEUED]
+    assert await fields() == [2, 3, 0]
+    await bench.clock.pass_ms(30 * minute_ms - 1)
+    assert await bench.codes(first, middle, late) == [DUPLICATE] * 3
+    # Over to the millisecond, though it still stands there.
+    await bench.clock.pass_ms(1)
+    assert await bench.codes(first, middle, first) == [QUEUED, DUPLICATE, DUPLICATE]
+    assert await fields() == [2, 2, 3]
+    await bench.clock.pass_ms(30 * minute_ms - 2)
+    assert await bench.codes(middle, late) == [DUPLICATE] * 2
+    await bench.clock.pass_ms(1)
+    assert await bench.codes(first, middle, late) == [DUPLICATE, QUEUED, DUPLICATE]
+    # Nothing is kept of what is older than all three.
+    await bench.clock.pass_ms(1)
+    assert await bench.codes(first, middle, late) == [DUPLICATE, DUPLICATE, QUEUED]
+    assert await fields() == [2, 3, 2]
+
+
+async def test_ids_stay_known_when_the_clock_steps_back(make: Make) -> None:
+    bench = await make(dedupe_ms=60_000)
+    before = event("before")
+    assert await bench.codes(before) == [QUEUED]
+    await bench.clock.pass_ms(-3_600_000)
+    assert await bench.codes(before) == [DUPLICATE]
+    assert await bench.codes(event("after")) == [QUEUED]
+    await bench.clock.pass_ms(59_999)
+    assert await bench.codes(before, event("after")) == [DUPLICATE] * 2
+
+
+async def test_more_ids_than_a_command_takes_are_compared(make: Make) -> None:
+    bench = await make(limits="customer=9/1h")
+    many = [event(f"{n}") for n in range(4_500)]
+    assert await bench.codes(*many) == [QUEUED] * len(many)
+    assert await bench.codes(*many) == [DUPLICATE] * len(many)
 
 
 async def test_nobody_can_take_the_id_of_anothers_event(make: Make) -> None:

@@ -22,7 +22,7 @@ from relay.queue import (
     Queue,
 )
 from relay.queueable import Queueable, Special
-from tests.queues import SIMULATED, Bench, Clock, event, result, seen_key
+from tests.queues import SIMULATED, Bench, Clock, event, result
 from tests.support import eventually
 
 pytestmark = pytest.mark.anyio
@@ -30,6 +30,7 @@ pytestmark = pytest.mark.anyio
 HOUR_MS = 3_600_000
 DAY_MS = 24 * HOUR_MS
 DEDUPE_MS = 86_400_000  # the queue's default
+MADE_ID_MS = 120_000
 WINDOW_MS = 600_000
 
 Make = Callable[..., Awaitable[Bench]]
@@ -278,10 +279,12 @@ async def test_a_coalesced_id_is_a_duplicate_when_it_comes_again(make: Make) -> 
     await bench.claim()
     assert await bench.codes(second) == [DUPLICATE]
     assert await bench.codes(event("b", customer="c", name="n")) == [DUPLICATE]
-    left = await bench.client.pttl(seen_key(bench.queue, "c", "b"))
-    assert DEDUPE_MS - 60_000 < left <= DEDUPE_MS
     # Another's id is not taken.
     assert await bench.codes(of("b", "d", coalesce_ms=WINDOW_MS)) == [QUEUED]
+    await bench.clock.pass_ms(DEDUPE_MS - 1)
+    assert await bench.codes(second) == [DUPLICATE]
+    await bench.clock.pass_ms(1)
+    assert await bench.codes(event("b", customer="c", name="n")) == [QUEUED]
 
 
 async def test_a_coalesced_event_without_an_id_is_forgotten_as_soon_as_others(
@@ -289,10 +292,13 @@ async def test_a_coalesced_event_without_an_id_is_forgotten_as_soon_as_others(
 ) -> None:
     bench = await make()
     made = of(coalesce_ms=WINDOW_MS)
+    again = event(made[2].id, customer="c", name="n")
     assert await bench.codes(of(coalesce_ms=WINDOW_MS), made) == [QUEUED, COALESCED]
-    # An id of the relay's own making is known for two minutes, as when it is queued:
-    # else page views of anybody would fill Redis with a day of them.
-    assert await bench.client.pttl(seen_key(bench.queue, "c", made[2].id)) <= 120_000
+    await bench.clock.pass_ms(MADE_ID_MS - 1)
+    assert await bench.codes(again) == [DUPLICATE]
+    # As when it is queued.
+    await bench.clock.pass_ms(1)
+    assert await bench.codes(again) == [QUEUED]
 
 
 async def test_what_is_coalesced_is_charged_nowhere(make: Make) -> None:
@@ -622,7 +628,7 @@ class Model:
     """The same rules in plain Python, for a clock that only goes forward."""
 
     now_ms: int = 0
-    seen: set[tuple[str, str]] = field(default_factory=set)
+    seen: dict[tuple[str, str], int] = field(default_factory=dict)  # since when
     windows: set[str] = field(default_factory=set)
     taken: dict[str, list[int]] = field(default_factory=dict)
     used: int = 0
@@ -636,10 +642,10 @@ class Model:
         quota: int,
         uses: int,
     ) -> tuple[int, int]:
-        if (customer, id) in self.seen:
+        if self.seen.get((customer, id), -DEDUPE_MS) > self.now_ms - DEDUPE_MS:
             return DUPLICATE, 0
         if coalesce and customer in self.windows:
-            self.seen.add((customer, id))
+            self.seen[customer, id] = self.now_ms
             return COALESCED, 0
         recent = [
             at for at in self.taken.get(customer, []) if at > self.now_ms - DAY_MS
@@ -648,7 +654,7 @@ class Model:
             return EVENT_LIMITED, (recent[-quota] + DAY_MS - self.now_ms) * 1000
         if uses and self.used >= uses:
             return USED_UP, 0
-        self.seen.add((customer, id))
+        self.seen[customer, id] = self.now_ms
         if coalesce:
             self.windows.add(customer)
         if quota:

@@ -21,9 +21,9 @@
 --       1 duplicate, 2 no room, 3+d over limit d (from 0), -1 queued in the place of
 --       one that waited (coalesced), -2 its token is used up, -3 over the event's own limit. "STALE" for a straggler.
 local SLOT_MS = '3600000'  -- longer than any relay goes on trying one commit
-local MADE_ID_MS = '120000'  -- how long an id of the relay's own making is known
+local MADE_ID_MS = 120000  -- how long an id of the relay's own making is known
 local RATE_CLAMP_US = 5000000  -- a clock that stepped back blocks nobody for longer
-local MOST_ARGS = 4000  -- unpack has a limit near 8,000
+local MOST_ARGS = 4000  -- even, for pairs; unpack has a limit near 8,000
 
 local slot, seq = P .. ':commit:' .. ARGV[1], tonumber(ARGV[2])
 local last = call('GET', slot)
@@ -35,13 +35,15 @@ end
 
 local settings = cmsgpack.unpack(ARGV[3])
 local limits = #settings[3]
-local dedupe_ms = text(settings[2])
+local dedupe_ms = settings[2]
 
 -- What each event says, by its number, and the last event of each request. Tables and
 -- strings are most of what a commit costs: nothing is made here that is not needed.
-local byte, unpack_limit = string.byte, cmsgpack.unpack_limit
-local ip, given, special, packed = {}, {}, {}, {}
-local id, name, customer, ttl, lane = {}, {}, {}, {}, {}
+local byte, sub, unpack_limit = string.byte, string.sub, cmsgpack.unpack_limit
+local ip, customer, site = {}, {}, {}
+local name, lane, packed = {}, {}, {}
+local given, special = {}, {}
+local mark = {}  -- by which an id is known: the customer's, for another's is not taken
 local last_of = {}
 local function string_end(blob, at)  -- of the packed string that begins after `at`
   local kind, b1, b2, b3, b4 = byte(blob, at + 1, at + 5)
@@ -53,16 +55,18 @@ end
 local function read_requests(blob)
   local at, size, e = 0, #blob, 0
   while at < size do
-    local n, who, from, delivery
+    local n, who, from, chosen, more, id, whose, _
     at, n, who = unpack_limit(blob, 2, at + (byte(blob, at + 1) == 0xdc and 3 or 1))
     for _ = 1, n do
       e = e + 1
-      ip[e] = who
-      from, given[e], special[e] = unpack_limit(blob, 2, at)
-      at, id[e], name[e], customer[e], delivery, ttl[e], lane[e] =
-        unpack_limit(blob, 6, from + 1)
+      from, chosen, more = unpack_limit(blob, 2, at)
+      at, id, name[e], whose, _, _, lane[e] = unpack_limit(blob, 6, from + 1)
       at = string_end(blob, at)  -- the body's
-      packed[e] = string.sub(blob, from + 1, at)
+      packed[e] = sub(blob, from + 1, at)
+      ip[e], customer[e], site[e] = who, whose, 'all'
+      mark[e] = whose .. ':' .. id_digest(id)
+      if chosen then given[e] = true end
+      if more then special[e] = more end
     end
     last_of[#last_of + 1] = e
   end
@@ -70,74 +74,131 @@ local function read_requests(blob)
 end
 local events = read_requests(ARGV[4])
 
--- A limit's arrival times are a hash by whom it counts, which costs a third of a key
--- for each. It has no end for each either: when it is as old as a time can matter, it
--- becomes the one before, which is read as well, and that one goes. All this is by limit.
-local key, before, emission, tolerance, dry = {}, {}, {}, {}, {}
+-- Limits and known ids are kept in hashes, for a key with an end of its own costs three
+-- times as much. One that was begun `span_ms` ago becomes the one before, which is read
+-- as well, and so on, until the last of `keys` goes. Under '' is when it was begun.
+local function in_parts(list, act)
+  for first = 1, #list, MOST_ARGS do
+    act(first, unpack(list, first, math.min(first + MOST_ARGS - 1, #list)))
+  end
+end
+local function read(key, fields, found)
+  local began
+  in_parts(fields, function(first, ...)
+    local values = call('HMGET', key, ...)
+    if first == 1 then began = tonumber(values[1] or nil) end
+    for i = first == 1 and 2 or 1, #values do
+      local value = values[i]
+      if value then found(first + i - 1, value) end
+    end
+  end)
+  return began
+end
+-- Calls `found` with the place and the value of each of `fields` that is there, the
+-- newer one last. The first field is ''.
+local function look_up(hash, fields, found)
+  local keys = hash.keys
+  for i = #keys, 2, -1 do
+    if call('EXISTS', keys[i]) == 1 then read(keys[i], fields, found) end
+  end
+  hash.began = read(keys[1], fields, found)
+end
+local function write(hash, pairs)  -- fields and their values
+  if #pairs == 0 then return end
+  local keys, span_ms = hash.keys, hash.span_ms
+  local key = keys[1]
+  local since = hash.began or now_ms - span_ms
+  if since > now_ms or now_ms - since >= span_ms then
+    for i = since > now_ms and 1 or #keys, 2, -1 do
+      if call('EXISTS', keys[i - 1]) == 1 then
+        call('UNLINK', keys[i])
+        call('RENAME', keys[i - 1], keys[i])
+      end
+    end
+    call('HSET', key, '', now_ms)
+    call('PEXPIRE', key, #keys * span_ms)
+  end
+  in_parts(pairs, function(_, ...) call('HSET', key, ...) end)
+end
+
+-- Each limit's theoretical arrival times, by whom it counts. All this is by limit.
+local arrivals = {}  -- the hash
+local emission, tolerance, dry = {}, {}, {}
 local line = {}  -- how far ahead a time may be now
-local began = {}  -- when the hash did, in ms
-local names, times, changed = {}, {}, {}  -- by place; the first place is `began`'s
-local place = {}  -- by event
+local whom = {}  -- by event
+local known, had = {}, {}  -- who is here, and the times that need not be written
+local times = {}  -- by who
 for d, limit in ipairs(settings[3]) do
-  key[d] = P .. ':limit:' .. limit[1]
-  before[d] = P .. ':limit:' .. limit[1] .. ':before'
+  local dimension = limit[1]
+  arrivals[d] = {
+    keys = {P .. ':limit:' .. dimension, P .. ':limit:' .. dimension .. ':before'},
+    span_ms = math.ceil((limit[3] + RATE_CLAMP_US) / 1000),  -- a time can matter so long
+  }
   emission[d], tolerance[d], dry[d] = limit[2], limit[3], limit[4]
   line[d] = now_us + limit[3]
-  local whom = limit[1] == 'ip' and ip or limit[1] == 'customer' and customer
-  local places, count, known, time, cut, at = {}, 1, {''}, {}, {}, {}
+  local whose = dimension == 'ip' and ip or dimension == 'customer' and customer or site
+  local who, n, time, was = {''}, 1, {}, {}
   for e = 1, events do
-    local who = whom and whom[e] or 'all'
-    local i = places[who]
-    if not i then count = count + 1; i = count; places[who], known[i] = i, who end
-    at[e] = i
+    local one = whose[e]
+    if not time[one] then n = n + 1; who[n], time[one] = one, now_us end
   end
   local longest = line[d] + RATE_CLAMP_US
-  for from = 1, count, MOST_ARGS do
-    local to = math.min(from + MOST_ARGS - 1, count)
-    local young, old = call('HMGET', key[d], unpack(known, from, to)), nil
-    if from == 1 then began[d] = tonumber(young[1] or nil) end
-    for i = math.max(from, 2), to do
-      local value = young[i - from + 1]
-      if not value then
-        old = old or call('HMGET', before[d], unpack(known, from, to))
-        value = old[i - from + 1]
-      end
-      local stored = value and tonumber(value) or 0
-      if stored > longest then  -- kept so, or the next look would meet it again
-        stored, cut[i] = longest, true
-      end
-      time[i] = stored > now_us and stored or now_us
+  look_up(arrivals[d], who, function(i, value)
+    local stored = tonumber(value)
+    if stored > longest then  -- written back so, or the next look would meet it again
+      time[who[i]], was[i] = longest, nil
+    else
+      if stored < now_us then stored = now_us end
+      time[who[i]], was[i] = stored, stored
     end
-  end
-  names[d], times[d], changed[d], place[d] = known, time, cut, at
-end
--- Times are written to a hash that was begun no longer ago than they can matter.
-local function begin_limit(d)
-  local span_ms = math.ceil((tolerance[d] + RATE_CLAMP_US) / 1000)
-  local since = began[d] or now_ms - span_ms
-  if since <= now_ms and now_ms - since < span_ms then return end
-  if since <= now_ms and call('EXISTS', key[d]) == 1 then
-    call('UNLINK', before[d])
-    call('RENAME', key[d], before[d])
-  end
-  call('HSET', key[d], '', now_ms)
-  call('PEXPIRE', key[d], 2 * span_ms)
+  end)
+  whom[d], known[d], had[d], times[d] = whose, who, was, time
 end
 local function write_limit(d)
-  if not next(changed[d]) then return end
-  begin_limit(d)
-  local fields, n = {}, 0
-  for i = 2, #names[d] do
-    if changed[d][i] then
-      fields[n + 1], fields[n + 2] = names[d][i], text(times[d][i])
+  local who, time, was = known[d], times[d], had[d]
+  local pairs, n = {}, 0
+  for i = 2, #who do
+    local now = time[who[i]]
+    if now ~= (was[i] or now_us) then
+      pairs[n + 1], pairs[n + 2] = who[i], text(now)
       n = n + 2
-      if n >= MOST_ARGS then
-        call('HSET', key[d], unpack(fields))
-        fields, n = {}, 0
-      end
     end
   end
-  if n > 0 then call('HSET', key[d], unpack(fields)) end
+  write(arrivals[d], pairs)
+end
+
+-- When ids were taken, in ms: those that senders chose, and apart from them those of the
+-- relay's own making, which are forgotten much sooner.
+local seen = {
+  keys = {P .. ':seen', P .. ':seen:before', P .. ':seen:oldest'},
+  window_ms = dedupe_ms, span_ms = math.ceil(dedupe_ms / 2), new = {},
+}
+local made = {
+  keys = {P .. ':made', P .. ':made:before'},
+  window_ms = MADE_ID_MS, span_ms = MADE_ID_MS, new = {},
+}
+local taken = {}  -- by mark
+local function look_up_ids()
+  local asked = {''}
+  for e = 1, events do
+    if given[e] then asked[#asked + 1] = mark[e] end
+  end
+  for _, hash in ipairs({seen, made}) do
+    if call('EXISTS', hash.keys[1]) == 1 then
+      local since = now_ms - hash.window_ms
+      look_up(hash, asked, function(i, value)
+        if tonumber(value) > since then taken[asked[i]] = true end
+      end)
+    end
+  end
+end
+look_up_ids()
+local now_text = text(now_ms)
+local function know(e)
+  local new = (given[e] and seen or made).new
+  local n = #new
+  new[n + 1], new[n + 2] = mark[e], now_text
+  taken[mark[e]] = true
 end
 
 local room = room_of(settings[1])
@@ -225,13 +286,14 @@ end
 
 local charged = {}  -- by limit
 local function admit(e)
-  local id, name, customer, lane = id[e], name[e], customer[e], lane[e]
-  local given, special, packed = given[e], special[e], packed[e]
+  local name, customer, lane, packed = name[e], customer[e], lane[e], packed[e]
+  local given, special = given[e], special[e]
   if room <= 0 then note('no_room', 1) return 2, 0 end
   local wait, refuser = 0, 0
   for d = 1, limits do
-    charged[d] = times[d][place[d][e]] + emission[d]
-    local over = charged[d] - line[d]
+    local time = times[d][whom[d][e]] + emission[d]
+    local over = time - line[d]
+    charged[d] = time
     if over > 0 and dry[d] then
       note('would_refuse:' .. settings[3][d][1], 1)
     elseif over > wait then
@@ -244,26 +306,24 @@ local function admit(e)
     refuse(name, 'rate_limited', 'rate_limited_' .. settings[3][refuser][1])
     return 2 + refuser, wait
   end
-  local seen = P .. ':seen:' .. customer .. ':' .. id_digest(id)  -- another's is not taken
-  local seen_ms = given and dedupe_ms or MADE_ID_MS
+  -- Before what it may have used up itself: who sends an event again because the
+  -- answer was lost must not hear that its token is spent.
+  if given and taken[mark[e]] then
+    count('duplicate', 1)
+    count_event(name, 'duplicate', 1)
+    return 1, 0
+  end
   local charges, coalesced, kept
   if special then
-    -- Before what it may have used up itself: who sends an event again because the
-    -- answer was lost must not hear that its token is spent.
-    if given and call('EXISTS', seen) == 1 then
-      count('duplicate', 1)
-      count_event(name, 'duplicate', 1)
-      return 1, 0
-    end
     if special[2] > 0 then
       local parts = cmsgpack.unpack(packed)
       parts[8], parts[9] = special[1], special[2]
       packed = cmsgpack.pack(parts)
-      coalesced = {id = id, name = name, customer = customer, lane = lane,
-        ttl = ttl[e], digest = special[1], window = special[2]}
+      coalesced = {id = parts[1], name = name, customer = customer, lane = lane,
+        ttl = parts[5], digest = special[1], window = special[2]}
       kept = call('HMGET', coalesce_key(coalesced), 'id', 'until', 'e')
       if kept[1] then
-        call('SET', seen, '', 'PX', seen_ms)
+        know(e)
         local older = kept[3] and open(kept[3]) or {id = kept[1], customer = customer}
         take_place(packed, coalesced, older)
         return -1, 0
@@ -273,22 +333,15 @@ local function admit(e)
     if code then return code, more end
     charges = more
   end
-  if not given then
-    -- Made once, so never a duplicate itself; but after a 503 whose result nobody
-    -- knew, its sender may repeat it under the id that the answer told.
-    call('SET', seen, '', 'PX', seen_ms)
-  elseif not call('SET', seen, '', 'PX', seen_ms, 'NX') then
-    count('duplicate', 1)
-    count_event(name, 'duplicate', 1)
-    return 1, 0
-  end
+  -- One of our own making too: it is no duplicate itself, but after a 503 whose result
+  -- nobody knew, its sender may repeat it under the id that the answer told.
+  know(e)
   if charges then
     for _, charge in ipairs(charges) do charge() end
   end
   for d = 1, limits do
     if charged[d] <= line[d] then  -- not over
-      local i = place[d][e]
-      times[d][i], changed[d][i] = charged[d], true
+      times[d][whom[d][e]] = charged[d]
     end
   end
   if coalesced then
@@ -304,13 +357,14 @@ local function tightest(e)
   local least, which, reset = -1, -1, 0
   for d = 1, limits do
     if not dry[d] then
-      local free = line[d] - times[d][place[d][e]]
-      local part = free % emission[d]
-      local left = (free - part) / emission[d]
+      local emission = emission[d]
+      local free = line[d] - times[d][whom[d][e]]
+      local part = free % emission
+      local left = (free - part) / emission
       if left < 0 then left = 0 end
       if which < 0 or left < least then
         least, which = left, d - 1
-        reset = left * emission[d] >= tolerance[d] and 0 or emission[d] - part
+        reset = left * emission >= tolerance[d] and 0 or emission - part
       end
     end
   end
@@ -329,14 +383,16 @@ for r, last in ipairs(last_of) do
   first = last + 1
 end
 for d = 1, limits do write_limit(d) end
-local browser_day = P .. ':browser:' .. string.sub(stamp(tonumber(clock[1])), 1, 8)
+write(seen, seen.new)
+write(made, made.new)
 for _, refusal in ipairs(cmsgpack.unpack(ARGV[5])) do
   local outcome, reason, name, n = unpack(refusal)
   if outcome == '' then
     note(reason, n)
   elseif outcome == 'browser' then
-    call('HINCRBY', browser_day, reason, n)
-    call('PEXPIRE', browser_day, HOURS_KEPT_MS)
+    local day = P .. ':browser:' .. sub(stamp(tonumber(clock[1])), 1, 8)
+    call('HINCRBY', day, reason, n)
+    call('PEXPIRE', day, HOURS_KEPT_MS)
   else
     count('received', n)
     count(outcome, n)

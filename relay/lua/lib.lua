@@ -49,7 +49,8 @@ end
 
 -- A whole number for a command. As a number it would be written with the digits of a
 -- fraction in mind, which takes longer than most commands.
-local function text(n) return n == 1 and '1' or string.format('%d', n) end
+local format = string.format
+local function text(n) return n == 1 and '1' or format('%d', n) end
 
 -- Counts are gathered while the script runs and written once at its end.
 local totals, windows = {}, {}
@@ -187,7 +188,8 @@ end
 
 -- What stands for a sender's id in a key, for somebody may put a name into it; the same
 -- as queue.py has it.
-local function id_digest(id) return string.sub(redis.sha1hex(id), 1, 20) end
+local sha1hex = redis.sha1hex
+local function id_digest(id) return string.sub(sha1hex(id), 1, 20) end
 
 -- A replay goes on by what became of the events that it has sent.
 local function tell_replay(event, told)
