@@ -74,24 +74,22 @@ local function read_requests(blob)
 end
 local events = read_requests(ARGV[4])
 
--- Limits and known ids are kept in hashes, for a key with an end of its own costs three
--- times as much. One that was begun `span_ms` ago becomes the one before, which is read
--- as well, and so on, until the last of `keys` goes. Under '' is when it was begun.
-local function in_parts(list, act)
-  for first = 1, #list, MOST_ARGS do
-    act(first, unpack(list, first, math.min(first + MOST_ARGS - 1, #list)))
-  end
+-- Limits and known ids are kept in hashes, for a key with an end of its own costs far
+-- more time and memory. One that was begun `span_ms` ago becomes the one before, which
+-- is read as well, and so on, until the last of `keys` goes. Under '' is when it began.
+local function part(list, first)
+  return unpack(list, first, math.min(first + MOST_ARGS - 1, #list))
 end
 local function read(key, fields, found)
   local began
-  in_parts(fields, function(first, ...)
-    local values = call('HMGET', key, ...)
+  for first = 1, #fields, MOST_ARGS do
+    local values = call('HMGET', key, part(fields, first))
     if first == 1 then began = tonumber(values[1] or nil) end
     for i = first == 1 and 2 or 1, #values do
       local value = values[i]
       if value then found(first + i - 1, value) end
     end
-  end)
+  end
   return began
 end
 -- Calls `found` with the place and the value of each of `fields` that is there, the
@@ -118,7 +116,7 @@ local function write(hash, pairs)  -- fields and their values
     call('HSET', key, '', now_ms)
     call('PEXPIRE', key, #keys * span_ms)
   end
-  in_parts(pairs, function(_, ...) call('HSET', key, ...) end)
+  for first = 1, #pairs, MOST_ARGS do call('HSET', key, part(pairs, first)) end
 end
 
 -- Each limit's theoretical arrival times, by whom it counts. All this is by limit.
@@ -157,10 +155,12 @@ end
 local function write_limit(d)
   local who, time, was = known[d], times[d], had[d]
   local pairs, n = {}, 0
+  local last, as_text  -- whoever comes after a pause has the same time as others
   for i = 2, #who do
     local now = time[who[i]]
     if now ~= (was[i] or now_us) then
-      pairs[n + 1], pairs[n + 2] = who[i], text(now)
+      if now ~= last then last, as_text = now, text(now) end
+      pairs[n + 1], pairs[n + 2] = who[i], as_text
       n = n + 2
     end
   end
