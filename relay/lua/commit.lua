@@ -55,7 +55,7 @@ end
 local function read_requests(blob)
   local at, size, e = 0, #blob, 0
   while at < size do
-    local n, who, from, chosen, more, id, whose, _
+    local n, who, from, chosen, more, id, whose
     at, n, who = unpack_limit(blob, 2, at + (byte(blob, at + 1) == 0xdc and 3 or 1))
     for _ = 1, n do
       e = e + 1
