@@ -7,10 +7,18 @@ from bench.load import closed_loop
 from bench.machine import SERVER_CORE
 from bench.processes import BenchError, result_of
 from bench.results import Rows, Sample, add, against
-from bench.stack import Served, Store, floor, redis_server, relay, upstream
+from bench.stack import (
+    Served,
+    Store,
+    Upstream,
+    floor,
+    redis_server,
+    relay,
+    upstream,
+)
 
-# Not to the million at which the relay takes no more: the rounds themselves need room,
-# of up to 400,000 on a fast machine.
+# Not to the million at which the relay takes no more: a round needs room itself, of
+# 120,000 on a fast machine.
 DEPTHS = (1_000, 10_000, 100_000, 600_000)
 FULL = 1_000_000  # the default of RELAY_QUEUE_MAX
 BATCH = 128  # events in a commit, as admission has it at most
@@ -19,31 +27,40 @@ BATCH = 128  # events in a commit, as admission has it at most
 def depth(*, rounds: int, seconds: int, quick: bool, say: Say) -> Rows:
     """Accept at each depth of the queue, and memory, up to a million that wait."""
     rows: Rows = {}
-    with redis_server() as store, upstream() as above, floor() as bare:
+    with upstream() as above, floor() as bare:
         for wanted in DEPTHS[:2] if quick else DEPTHS:
-            _fill_to(store, wanted)
-            with relay(store, above.url) as served:
-                _load(bare, WARM_UP_S)
-                _load(served, WARM_UP_S)
-                time.sleep(SETTLE_S)
-                for n in range(rounds):
-                    order = (bare, served) if n % 2 else (served, bare)
-                    before = store.counts().received
-                    found = {run.url: _load(run, seconds) for run in order}
-                    time.sleep(SETTLE_S)
-                    seen = store.counts().received - before
-                    if not 0 <= seen - found[served.url]["requests"] <= 64:
-                        msg = f"{found[served.url]}, but Redis counted {seen}"
-                        raise BenchError(msg)
-                    sample = dict(against(found[served.url], found[bare.url], RATIOS))
-                    sample["relay_mb"] = max(served.program.rss_mb())
-                    add(rows, f"{wanted:,} waiting", sample)
-                say(
-                    f"{wanted:9,} waiting  {sample['events_per_s']:8,.0f}/s  "
-                    f"x {sample['ratio']:.3f}  relay {sample['relay_mb']:.0f} MB"
-                )
+            for n in range(rounds):
+                sample = _at(wanted, above, bare, seconds, bare_first=n % 2 == 1)
+                add(rows, f"{wanted:,} waiting", sample)
+            say(
+                f"{wanted:9,} waiting  {sample['events_per_s']:8,.0f}/s  "
+                f"x {sample['ratio']:.3f}  relay {sample['relay_mb']:.0f} MB"
+            )
     add(rows, f"{FULL:,} waiting", _memory(20_000 if quick else FULL, say))
     return rows
+
+
+def _at(
+    wanted: int, above: Upstream, bare: Served, seconds: int, *, bare_first: bool
+) -> Sample:
+    """One round at a depth, on a Redis that has nothing else to do."""
+    with redis_server() as store:
+        _fill_to(store, wanted)
+        store.rewrite()
+        with relay(store, above.url) as served:
+            _load(bare, WARM_UP_S)
+            _load(served, WARM_UP_S)
+            time.sleep(SETTLE_S)
+            before = store.counts().received
+            order = (bare, served) if bare_first else (served, bare)
+            found = {run.url: _load(run, seconds) for run in order}
+            time.sleep(SETTLE_S)
+            seen = store.counts().received - before
+            if not 0 <= seen - found[served.url]["requests"] <= 64:
+                msg = f"{found[served.url]}, but Redis counted {seen}"
+                raise BenchError(msg)
+            sample = against(found[served.url], found[bare.url], RATIOS)
+            return dict(sample, relay_mb=max(served.program.rss_mb()))
 
 
 def _load(served: Served, seconds: int) -> Sample:

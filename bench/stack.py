@@ -11,11 +11,11 @@ import json
 import sys
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_hex
-from time import time
+from time import monotonic, sleep, time
 from typing import cast
 
 import redis
@@ -30,6 +30,7 @@ PYTHON = sys.executable
 ORIGIN = "https://shop.example"
 SIGNING_KEY = "a-key-of-the-benchmark-that-opens-nothing"
 TOKENS = 20_000
+REWRITE_S = 60  # how long Redis may take to write its file anew
 
 # The names of what differs from the defaults, and why; a test holds it to these.
 DIFFERENT = {
@@ -132,6 +133,18 @@ class Store:
         keys = [f"{{relay}}:{name}" for name in names]
         found = [self._client.memory_usage(key, samples=0) for key in keys]
         return sum(int(n or 0) for n in found)
+
+    def rewrite(self) -> None:
+        """Have the append-only file written anew, and wait: it is much work."""
+        with suppress(redis.ResponseError):  # it has begun of itself
+            self._client.bgrewriteaof()
+        until = monotonic() + REWRITE_S
+        while monotonic() < until:
+            told = cast("dict[str, int]", self._client.info("persistence"))
+            if not told["aof_rewrite_in_progress"] | told["aof_rewrite_scheduled"]:
+                return
+            sleep(0.1)
+        raise BenchError("Redis did not end writing its file")
 
     def flush(self) -> None:
         """Empty it, file included."""
