@@ -312,8 +312,10 @@ def goals(records: dict[str, Record]) -> str:
         before = earlier.spread(goal.row, goal.figure) if earlier else None
         agrees = "–"
         if before is not None:
-            same = "within" if found.overlaps(before) else "outside"
-            agrees = f"{cell(before, goal.number)}: {same} each other's spread"
+            agrees = cell(before, goal.number)
+            if found.low < found.high:  # one value has no spread
+                same = "within" if found.overlaps(before) else "outside"
+                agrees += f": {same} each other's spread"
         sign = "≤" if goal.at_most else "≥"
         rows.append(
             [
