@@ -101,8 +101,8 @@ local function look_up(hash, fields, found)
   end
   hash.began = read(keys[1], fields, found)
 end
-local function write(hash, pairs)  -- fields and their values
-  if #pairs == 0 then return end
+local function write(hash, fields)  -- each with its value behind it
+  if #fields == 0 then return end
   local keys, span_ms = hash.keys, hash.span_ms
   local key = keys[1]
   local since = hash.began or now_ms - span_ms
@@ -116,7 +116,7 @@ local function write(hash, pairs)  -- fields and their values
     call('HSET', key, '', now_ms)
     call('PEXPIRE', key, #keys * span_ms)
   end
-  for first = 1, #pairs, MOST_ARGS do call('HSET', key, part(pairs, first)) end
+  for first = 1, #fields, MOST_ARGS do call('HSET', key, part(fields, first)) end
 end
 
 -- Each limit's theoretical arrival times, by whom it counts. All this is by limit.
@@ -154,17 +154,17 @@ for d, limit in ipairs(settings[3]) do
 end
 local function write_limit(d)
   local who, time, was = known[d], times[d], had[d]
-  local pairs, n = {}, 0
+  local fields, n = {}, 0
   local last, as_text  -- whoever comes after a pause has the same time as others
   for i = 2, #who do
     local now = time[who[i]]
     if now ~= (was[i] or now_us) then
       if now ~= last then last, as_text = now, text(now) end
-      pairs[n + 1], pairs[n + 2] = who[i], as_text
+      fields[n + 1], fields[n + 2] = who[i], as_text
       n = n + 2
     end
   end
-  write(arrivals[d], pairs)
+  write(arrivals[d], fields)
 end
 
 -- When ids were taken, in ms: those that senders chose, and apart from them those of the
