@@ -126,7 +126,7 @@ class Line:
         self._client = Redis.from_url(
             url,
             socket_timeout=timeout,
-            socket_connect_timeout=min(timeout, 2.0),
+            socket_connect_timeout=timeout,
             retry=Retry(NoBackoff(), 0),
             retry_on_error=[],
             client_name="relay",

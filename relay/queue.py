@@ -227,13 +227,15 @@ class Scripts:
         self.replay = Script("replay", clock=clock, parts=["letters"])
 
 
-def connect(url: str, *, timeout: float, connections: int) -> Redis:
+def connect(
+    url: str, *, timeout: float, connections: int, connect_timeout: float = 2.0
+) -> Redis:
     """A client that does what it is told once: redis-py's own retries run a
     timed-out script again, eleven times with its defaults."""
     return Redis.from_url(
         url,
         socket_timeout=timeout,
-        socket_connect_timeout=min(timeout, 2.0),
+        socket_connect_timeout=min(timeout, connect_timeout),
         retry=Retry(NoBackoff(), 0),
         retry_on_error=[],
         max_connections=connections,
@@ -271,7 +273,13 @@ class Queue:
         # before the other, nor a dashboard before either.
         self._hot = Line(url, timeout=timeout)
         self._delivery = Line(url, timeout=max(timeout, 2.0))
-        self._ops = connect(url, timeout=max(timeout, 2.0), connections=OPS_CONNECTIONS)
+        patience = max(timeout, 2.0)
+        self._ops = connect(
+            url,
+            timeout=patience,
+            connections=OPS_CONNECTIONS,
+            connect_timeout=patience,
+        )
         # redis-py's pool raises at its limit, which would look like a Redis away.
         self._turns = asyncio.Semaphore(OPS_CONNECTIONS)
         # Blocking reads must outlast their BLOCK; one per waiting request at most.

@@ -44,7 +44,7 @@ PLAIN = RULES[:2]  # with either API
 RUNS = 25
 REDIS_RUNS = 3  # each with two starts of a server
 RELAY_RUNS = 3  # events of one kind that a relay has in flight when it is killed
-AT_ONCE = 24
+AT_ONCE = 12
 
 
 @dataclass(frozen=True, slots=True, order=True)
