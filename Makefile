@@ -2,8 +2,9 @@
 # Needs Python 3.11 or newer; name another one with `make PYTHON=python3.12 test`.
 PYTHON ?= python3
 BIN := .venv/bin
-# One more than there are cores, for a third of a test's time is spent waiting.
-WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(4, (os.cpu_count() or 1) + 1))')
+# As many as there are cores: with one more, tests that play whole shops and browsers have
+# too little of the machine, and now and then fail.
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count() or 1))')
 RUN := .venv/.run-$(shell cat requirements/run.txt pyproject.toml | cksum | cut -d' ' -f1)
 DEV := .venv/.dev-$(shell cat requirements/dev.txt pyproject.toml | cksum | cut -d' ' -f1)
 
