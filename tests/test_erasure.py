@@ -306,7 +306,7 @@ async def test_no_file_of_the_private_server_keeps_the_person(
         await queue.commit("w", 1, [("ip", bodies)], [])
         assert kept()
         # Written slowly, so that it still runs when the next is asked for.
-        await client.config_set("rdb-key-save-delay", 20_000)
+        await client.config_set("rdb-key-save-delay", 200_000)
         await client.bgrewriteaof()
         await forget(queue, "somebody", digests=[])
         info = cast("dict[str, int]", await client.info("persistence"))
