@@ -42,6 +42,9 @@ DOWN = Fault(count=None, status=503)  # what the switch does to the sandbox
 MAX_BODY_BYTES = 128 * 1024  # the relay takes 64 KiB, and is to say so itself
 # `Prefer: wait` holds an answer for up to 30 s.
 TIMEOUT = httpx.Timeout(5.0, read=40.0)
+# An idle connection is let go of before the relay does it, after 5 s: a request that
+# crosses that is lost.
+LIMITS = httpx.Limits(keepalive_expiry=4.0)
 
 # Between two machines only (RFC 9110, 7.6.1), or said by this server itself. The
 # shop's cookies are for the shop.
@@ -93,7 +96,9 @@ class Shop:
             self._queue, make_digests(settings), rate=self._queue.rate
         )
         self._page = _page(voucherify)
-        self._client = httpx.AsyncClient(trust_env=False, timeout=TIMEOUT)
+        self._client = httpx.AsyncClient(
+            trust_env=False, timeout=TIMEOUT, limits=LIMITS
+        )
         # The visitor's browser says what it takes, and nobody in its name.
         self._client.headers.clear()
         scripts = [Route(f"/{name}", self.hand_on) for name in (NAME, *pinned())]

@@ -70,7 +70,10 @@ class Front:
     release: asyncio.Event = field(default_factory=asyncio.Event)
 
     def app(self) -> ASGIApplication:
-        self.client = httpx.AsyncClient(trust_env=False)
+        # It lets go of an idle connection before the relay does, after 5 s: a request
+        # that crosses that is lost, and a page without its script takes no event.
+        limits = httpx.Limits(max_connections=None, keepalive_expiry=4.0)
+        self.client = httpx.AsyncClient(trust_env=False, timeout=60.0, limits=limits)
         return cast(
             "ASGIApplication",
             Starlette(

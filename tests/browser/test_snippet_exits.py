@@ -48,6 +48,8 @@ NO_STORAGE = """Object.defineProperty(window, "localStorage", {
   get() { throw new DOMException("denied", "SecurityError"); } });"""
 SHOWN = """addEventListener("pageshow", (event) => {
   window.restored = event.persisted; });"""
+LOADED = """performance.getEntriesByType("resource").some(
+  (entry) => /relay\\.m?js$/.test(entry.name) && entry.responseStatus == 200)"""
 # Why a page came back anew: https://developer.mozilla.org/docs/Web/API/NotRestoredReasons
 NOT_RESTORED = """JSON.stringify(
   performance.getEntriesByType("navigation")[0].notRestoredReasons)"""
@@ -274,6 +276,8 @@ async def _online(context: BrowserContext) -> None:
 async def _open(page: Page, url: str) -> None:
     await page.goto(url)
     await page.wait_for_function("typeof relay == 'function'")
+    # Or the stub alone would take the events, and they would be gone with the page.
+    assert await page.evaluate(LOADED), f"no script in {url}"
 
 
 async def _restore(page: Page, elsewhere: str) -> None:
