@@ -10,8 +10,10 @@ import sys
 
 import httpx
 import uvloop
+from pydantic import SecretStr
 
 from bench.beacons import body
+from relay.cluster import Keys, event_headers
 from relay.replies import Reply
 from relay.transport import Transport
 
@@ -20,13 +22,8 @@ async def send(url: str, calls: int, concurrency: int) -> None:
     """Make that many calls. Raises when one fails."""
     transport = Transport(max_connections=concurrency)
     target = httpx.URL(f"{url}/client/v1/events")
-    headers = {
-        "Content-Type": "application/json",
-        "Accept": "application/json",
-        "X-Client-Application-Id": "sandbox-application",
-        "X-Client-Token": "sandbox-token",
-        "origin": "shop.example",
-    }
+    keys = Keys(app_id="sandbox-application", token=SecretStr("sandbox-token"))
+    headers = httpx.Headers(event_headers("client", "shop.example", keys))
     rest = iter(range(calls))
 
     async def some() -> None:

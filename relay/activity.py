@@ -9,11 +9,12 @@ Pure: bytes in, an `Answer` out.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from urllib.parse import quote
 
 import msgspec
+from msgspec.structs import replace
 
 from relay.verdicts import Answer, Verdict
 

@@ -8,11 +8,12 @@ A failure is an `Answer` for the event that the token was for: it has not been s
 import base64
 import re
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import urlencode
 
 import msgspec
+from msgspec.structs import replace
 from pydantic import SecretStr
 
 from relay import __version__

@@ -142,6 +142,8 @@ def _pause_ms(answer: Answer) -> int:
 
 def _error(answer: Answer) -> str:
     """Voucherify's own words, for the dead letters and `Prefer: wait`."""
+    if answer.verdict is Verdict.DELIVERED:
+        return ""  # the body of a success is not read
     said = {
         "key": answer.error_key,
         "message": answer.error_message,

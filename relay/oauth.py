@@ -15,12 +15,13 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import sha256
 from typing import Protocol
 
 import httpx
 import structlog
+from msgspec.structs import replace
 from pydantic import SecretStr
 
 from relay.errors import QueueUnavailable

@@ -118,9 +118,15 @@ class Transport:
         # it, and until then the pool hands it out. One turn polls, the next one tells.
         await asyncio.sleep(0)
         await asyncio.sleep(0)
+        # Not as `content`, for which httpx adds the headers that aiohttp adds, too.
         request = httpx.Request(
-            method, url, headers=headers, content=body, extensions=self._timeouts
+            method,
+            url,
+            headers=headers,
+            stream=httpx.ByteStream(body),
+            extensions=self._timeouts,
         )
+        request.read()
         written = asyncio.Event()
         reset = _WRITTEN.set(written)
         deadline = asyncio.get_running_loop().time() + self._timeout
@@ -135,7 +141,7 @@ class Transport:
         read, whole = await _read_body(response, latest, most)
         return Reply(
             status=response.status_code,
-            headers=dict(response.headers),
+            headers=dict(response.headers.items()),  # by itself it asks for each name
             body=read,
             whole=whole,
         )

@@ -7,7 +7,6 @@ that an answer may quote gets into them.
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 
 import msgspec
@@ -33,8 +32,7 @@ class Verdict(StrEnum):
     UNCLEAR = "unclear"  # Looked up: nobody can tell.
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
     """What Voucherify said to one event. Texts are one line each and cut to length."""
 
     verdict: Verdict
@@ -139,9 +137,13 @@ def _hidden(value: object, secrets: Sequence[str]) -> str | None:
 
 def _text(value: str | None, most: int) -> str | None:
     """One line of printable characters, fit for a terminal; None when empty."""
-    visible = "".join(c if c.isprintable() else " " for c in (value or "")[: 4 * most])
+    if not value:
+        return None
+    visible = "".join(c if c.isprintable() else " " for c in value[: 4 * most])
     return " ".join(visible.split())[:most] or None
 
 
 def _code(text: str | None) -> str | None:
-    return re.sub(r"[^a-z0-9]+", "_", (text or "")[:64].lower()).strip("_") or None
+    if not text:
+        return None
+    return re.sub(r"[^a-z0-9]+", "_", text[:64].lower()).strip("_") or None

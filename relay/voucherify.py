@@ -43,7 +43,8 @@ class Voucherify:
         self._api: Api = api
         self._origin = origin
         self._url = httpx.URL(self._base_url + EVENT_PATHS[api])
-        self._headers = event_headers(api, origin, keys)
+        # As httpx keeps them, and not encoded anew for each event.
+        self._headers = httpx.Headers(event_headers(api, origin, keys))
         self._secrets = [keys.token.get_secret_value()] if keys else []
         self._secrets += grant.secrets if grant else []  # the cluster knows them, too
         self._wall = wall
@@ -125,7 +126,8 @@ class Voucherify:
 
     async def _get(self, asked: activity.Asked, token: Token | None) -> Answer:
         headers, secrets = self._signed(token)
-        headers.pop("Content-Type")
+        headers = httpx.Headers(headers)
+        del headers["Content-Type"]
         said = await self._transport.request(
             "GET",
             httpx.URL(self._base_url + asked.path, params=asked.params),
@@ -140,10 +142,11 @@ class Voucherify:
         )
         return activity.judged(asked, answer, said.body, whole=said.whole)
 
-    def _signed(self, token: Token | None) -> tuple[dict[str, str], list[str]]:
+    def _signed(self, token: Token | None) -> tuple[httpx.Headers, list[str]]:
         """The headers with the credentials, and what nobody may be told of them."""
         if token is None:
-            return dict(self._headers), self._secrets
+            return self._headers, self._secrets
         bearer = token.value.get_secret_value()
-        signed = self._headers | {"Authorization": f"Bearer {bearer}"}
+        signed = httpx.Headers(self._headers)
+        signed["Authorization"] = f"Bearer {bearer}"
         return signed, [*self._secrets, bearer]

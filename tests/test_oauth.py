@@ -9,6 +9,7 @@ from typing import cast
 
 import pytest
 import redis.asyncio
+from msgspec import structs
 from pydantic import SecretStr
 from structlog.testing import capture_logs
 
@@ -424,7 +425,7 @@ async def test_what_a_401_tells_of_limits_is_passed_on(shop: Shop) -> None:
     async with shop.relay() as relay:
         old = await have(relay)
         relay.worked(old)
-        told = replace(REFUSED, remaining=0, retry_after_ms=700)
+        told = structs.replace(REFUSED, remaining=0, retry_after_ms=700)
         answer = await relay.refused(old, told)
         assert (answer.remaining, answer.retry_after_ms) == (0, 700)
 

@@ -176,7 +176,8 @@ async def test_a_request_carries_exactly_these_headers() -> None:
     [(head, body)] = raw.requests
     assert body == EVENT
     assert head[0] == "POST /client/v1/events HTTP/1.1"
-    assert dict(line.split(": ", 1) for line in head[1:]) == {
+    lines = (line.split(": ", 1) for line in head[1:])
+    assert {name.lower(): value for name, value in lines} == {
         "host": raw.url.removeprefix("http://"),
         "content-length": str(len(EVENT)),
         "x-client-application-id": "app-1",
