@@ -1,8 +1,9 @@
 """The floor of delivery: the relay's own transport with nothing around it.
 
-    python -m bench.bare_client URL CALLS CONCURRENCY
+    python -m bench.bare_client URL CALLS CONCURRENCY [rarely]
 
 The same connections, timeouts and headers as the forwarder; no queue, no budget.
+With `rarely`, Python's garbage collector looks as rarely as in the relay.
 """
 
 import asyncio
@@ -14,6 +15,7 @@ from pydantic import SecretStr
 
 from bench.beacons import body
 from relay.cluster import Keys, event_headers
+from relay.collector import look_rarely
 from relay.replies import Reply
 from relay.transport import Transport
 
@@ -40,6 +42,8 @@ async def send(url: str, calls: int, concurrency: int) -> None:
 
 def main() -> None:
     """Send what the command line says."""
+    if "rarely" in sys.argv[4:]:
+        look_rarely()
     uvloop.run(send(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from resource import RUSAGE_CHILDREN, getrusage
 from secrets import token_hex
@@ -26,12 +27,14 @@ def delivery(*, rounds: int, quick: bool, say: Say) -> Rows:
     for n in range(rounds):
         for delay_ms, events in sizes.items():
             where = f"{delay_ms} ms" if delay_ms else "fast"
-            order = (_bare, _forwarder) if n % 2 else (_forwarder, _bare)
-            samples = {run: run(delay_ms, events) for run in order}
-            bare = samples[_bare]
-            add(rows, f"bare client, {where}", bare)
-            mine = against(samples[_forwarder], bare, {"ratio": "events_per_s"})
-            add(rows, f"relay, {where}", mine)
+            shift = n % len(DELIVERERS)
+            names = [*DELIVERERS][shift:] + [*DELIVERERS][:shift]
+            samples = {name: DELIVERERS[name](delay_ms, events) for name in names}
+            bare = samples[BARE]
+            for name in DELIVERERS:
+                sample = against(samples[name], bare, {"ratio": "events_per_s"})
+                add(rows, f"{name}, {where}", sample)
+            mine = against(samples["relay"], bare, {"ratio": "events_per_s"})
             say(
                 f"round {n + 1}  {where:7}  relay {mine['events_per_s']:7,.0f}/s  "
                 f"bare client {bare['events_per_s']:7,.0f}/s  x {mine['ratio']:.3f}  "
@@ -40,10 +43,11 @@ def delivery(*, rounds: int, quick: bool, say: Say) -> Rows:
     return rows
 
 
-def _bare(delay_ms: int, events: int) -> Sample:
+def _bare(delay_ms: int, events: int, *options: str) -> Sample:
     with upstream(delay_ms=delay_ms) as above:
         result_of(
-            *("bare_client", above.url, str(events), str(CONCURRENCY)), core=SERVER_CORE
+            *("bare_client", above.url, str(events), str(CONCURRENCY), *options),
+            core=SERVER_CORE,
         )
         told = above.told()
     if told["taken"] != events:
@@ -70,7 +74,18 @@ def _forwarder(delay_ms: int, events: int) -> Sample:
     }
 
 
+def _rarely(delay_ms: int, events: int) -> Sample:
+    return _bare(delay_ms, events, "rarely")
+
+
 NO_BUDGET = {"RELAY_UPSTREAM_BUDGET": "off"}
+# With Python's settings, as anybody would write it, and with the relay's.
+BARE = "bare client"
+DELIVERERS: dict[str, Callable[[int, int], Sample]] = {
+    BARE: _bare,
+    "bare client, garbage collected as in the relay": _rarely,
+    "relay": _forwarder,
+}
 
 
 def _arrived(above: Upstream, events: int, *, within: float) -> dict[str, float]:
