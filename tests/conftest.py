@@ -11,9 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.listening import LOOK_BACK, of_session
 from tests.servers import prefix, redis_url, valkey_url  # noqa: F401  # fixtures
+
+# No test is timed: a shared machine stands still for a second now and then.
+settings.register_profile(
+    "relay", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("relay")
 
 _HEARD = tempfile.TemporaryDirectory(prefix="heard-")
 

@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from relay.catalog import (
@@ -339,7 +339,6 @@ def test_what_is_not_toml_is_told_with_its_line(
     assert len(found) < 400
 
 
-@settings(deadline=None)
 @given(
     st.lists(
         st.sampled_from(

@@ -373,8 +373,10 @@ async def test_no_input_makes_a_500(client: httpx.AsyncClient) -> None:
 
     @settings(
         max_examples=80,
-        deadline=None,
-        suppress_health_check=[HealthCheck.function_scoped_fixture],
+        suppress_health_check=[
+            HealthCheck.function_scoped_fixture,
+            HealthCheck.too_slow,
+        ],
     )
     @given(
         st.sampled_from(["drop", "replay"]),

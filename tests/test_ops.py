@@ -330,7 +330,7 @@ BODIES = st.one_of(
 
 
 def test_no_body_makes_a_500(open_ops: httpx.Client) -> None:
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=150)
     @given(BODIES)
     def signed_or_told_why(body: bytes) -> None:
         answer = ask(open_ops, body)

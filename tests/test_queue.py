@@ -341,8 +341,7 @@ COST = st.tuples(PAUSE, st.integers(1, 4), st.integers(1, 4))
 
 @settings(
     max_examples=60,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
     quotas=st.lists(

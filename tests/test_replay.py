@@ -747,8 +747,10 @@ async def test_a_random_history_keeps_the_balance(redis_url: str, prefix: str) -
 
     @settings(
         max_examples=40,
-        deadline=None,
-        suppress_health_check=[HealthCheck.function_scoped_fixture],
+        suppress_health_check=[
+            HealthCheck.function_scoped_fixture,
+            HealthCheck.too_slow,
+        ],
     )
     @given(STEPS)
     def histories(steps: list[str]) -> None:

@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from email.utils import format_datetime
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from relay.retry import HOUR_MS, MONTH_MS, backoff_ms, next_delay_ms, number, told_ms
@@ -26,7 +26,6 @@ def test_the_span_doubles_from_one_second_to_ten_minutes(
     assert longest - 1 <= almost <= longest
 
 
-@settings(deadline=None)  # shared machines stall
 @given(st.integers(min_value=1, max_value=10_000), chance)
 @example(10_000, 0.999)
 def test_every_wait_is_within_one_second_and_ten_minutes(
@@ -56,7 +55,6 @@ def test_base_and_cap_can_be_chosen_and_the_base_wins() -> None:
     assert backoff_ms(9, random=lambda: 0.5, base_ms=200, cap_ms=100) == 200
 
 
-@settings(deadline=None)  # shared machines stall
 @given(
     st.integers(min_value=1, max_value=100),
     st.none() | st.integers(min_value=0, max_value=MONTH_MS),
@@ -156,7 +154,6 @@ header = st.one_of(
 )
 
 
-@settings(deadline=None)  # shared machines stall
 @given(
     st.dictionaries(
         st.sampled_from(["date", "retry-after", "x-rate-limit-retry"]), header
@@ -167,7 +164,6 @@ def test_any_header_gives_a_bounded_wait_or_none(headers: dict[str, str]) -> Non
     assert told is None or 0 <= told <= HOUR_MS
 
 
-@settings(deadline=None)  # shared machines stall
 @given(header)
 def test_any_header_is_a_whole_number_or_nothing(value: str) -> None:
     parsed = number(value)

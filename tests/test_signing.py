@@ -18,7 +18,7 @@ from pathlib import Path
 import itsdangerous
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import SecretStr
 
@@ -134,7 +134,6 @@ def test_a_claim_that_is_not_made_restricts_nothing() -> None:
 _text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=300)
 
 
-@settings(deadline=None)  # a busy machine is no fault
 @given(
     source_id=_text,
     events=st.none() | st.lists(_text, min_size=1, max_size=5),
@@ -311,7 +310,6 @@ def test_a_token_for_one_purpose_is_none_for_another() -> None:
     assert refusal(PLAIN, signer=login).reason == "token_forged"
 
 
-@settings(deadline=None)  # a busy machine is no fault
 @given(st.text() | st.from_regex(r"\.?[A-Za-z0-9_-]+\.[\w-]{6}\.[\w-]{43}"))
 def test_no_text_is_a_token(text: str) -> None:
     tampered(text)
@@ -471,7 +469,6 @@ def test_signed_parts_have_one_form_only(payload: str, stamp: str) -> None:
     assert refusal(resigned(f"{payload}.{stamp}")).reason == "token_malformed"
 
 
-@settings(deadline=None)  # a busy machine is no fault
 @given(st.binary(max_size=100) | st.from_regex(r'\{"source_id":"u1"(,".*":.*)?\}'))
 def test_no_signed_bytes_are_an_error_of_another_kind(payload: bytes | str) -> None:
     raw = payload if isinstance(payload, bytes) else payload.encode(errors="replace")

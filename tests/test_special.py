@@ -430,8 +430,7 @@ HISTORIES = st.lists(
 )
 HYPOTHESIS = settings(
     max_examples=40,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 _runs = iter(range(1_000_000))
 

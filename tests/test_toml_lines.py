@@ -2,7 +2,7 @@
 
 import tomllib
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from relay.toml_lines import read_lines
@@ -76,14 +76,12 @@ def test_every_line_of_a_nasty_file_is_found() -> None:
     check_lines(text)
 
 
-@settings(deadline=None)
 @given(st.permutations(NASTY).map("".join))
 def test_lines_are_exact_in_any_layout(text: str) -> None:
     if parses([text]) is not None:
         check_lines(text)
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from(NASTY), max_size=8).map("".join), st.booleans())
 def test_lines_are_exact_in_parts_of_it(text: str, cut: bool) -> None:
     text = text.rstrip("\r\n") if cut else text

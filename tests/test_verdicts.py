@@ -5,7 +5,7 @@ import re
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from relay.outcomes import Hold
@@ -210,7 +210,6 @@ errors = st.dictionaries(
 )
 
 
-@settings(deadline=None)  # shared machines stall
 @given(
     st.integers(min_value=100, max_value=999),
     st.dictionaries(
@@ -224,7 +223,6 @@ def test_any_answer_is_judged(
     check_bounds(read_answer(status, headers, body, now=1_790_000_000.0))
 
 
-@settings(deadline=None)  # shared machines stall
 @given(st.integers(min_value=400, max_value=599), errors)
 def test_any_json_error_is_judged(status: int, error: dict[str, object]) -> None:
     check_bounds(read_answer(status, {}, json.dumps(error).encode(), now=0))

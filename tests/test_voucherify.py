@@ -673,7 +673,7 @@ wire = st.builds(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(wire | st.binary())
 async def test_whatever_bytes_come_back_there_is_an_answer(data: bytes) -> None:
     answer = await send_once(answering_once(data), timeout=2.0)
